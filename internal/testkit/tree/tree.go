@@ -83,18 +83,20 @@ func place(dir, name string) (string, error) {
 	if clean == "/" {
 		return dir, nil
 	}
-	parent := filepath.Join(dir, filepath.Dir(clean))
-	if err := os.MkdirAll(parent, 0o755); err != nil {
-		return "", err
+	at := dir
+	for part := range strings.SplitSeq(strings.Trim(filepath.Dir(clean), "/"), "/") {
+		if err := os.Mkdir(filepath.Join(at, part), 0o755); err != nil && !os.IsExist(err) {
+			return "", err
+		}
+		var err error
+		if at, err = filepath.EvalSymlinks(filepath.Join(at, part)); err != nil {
+			return "", err
+		}
+		if at != dir && !strings.HasPrefix(at, dir+"/") {
+			return "", fmt.Errorf("path leaves the tree: %s", at)
+		}
 	}
-	real, err := filepath.EvalSymlinks(parent)
-	if err != nil {
-		return "", err
-	}
-	if real != dir && !strings.HasPrefix(real, dir+"/") {
-		return "", fmt.Errorf("path leaves the tree: %s", real)
-	}
-	return filepath.Join(real, filepath.Base(clean)), nil
+	return filepath.Join(at, filepath.Base(clean)), nil
 }
 
 func makeOne(dir, line string) error {
