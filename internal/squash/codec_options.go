@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package squash
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// compressorOptions are what a writer may leave behind the superblock, in a
+// stored metadata block, when flagCompressorOptions is set. Only a program that
+// appends to the image needs them, and lz4 readers for the version. The fields
+// that count depend on the method.
+type compressorOptions struct {
+	Level      uint32 `json:"level,omitempty"`      // gzip 1..9, zstd 1..22, lzo
+	WindowBits uint16 `json:"windowBits,omitempty"` // gzip 8..15
+	Strategies uint16 `json:"strategies,omitempty"` // gzip, bit set
+	DictSize   uint32 `json:"dictSize,omitempty"`   // xz, bytes
+	Filters    uint32 `json:"filters,omitempty"`    // xz, bit set of BCJ filters
+	Version    uint32 `json:"version,omitempty"`    // lz4, always 1
+	HC         bool   `json:"hc,omitempty"`         // lz4, high compression
+	Algorithm  uint32 `json:"algorithm,omitempty"`  // lzo
+}
+
+// append appends the options for method c to dst, without the metadata header.
+func (o *compressorOptions) append(dst []byte, c Compressor) ([]byte, error) {
+	le := binary.LittleEndian
+	switch c {
+	case Gzip:
+		if o.Level < 1 || o.Level > 9 {
+			return dst, fmt.Errorf("gzip level %d in the compressor options: readers accept 1 to 9", o.Level)
+		}
+		dst = le.AppendUint32(dst, o.Level)
+		dst = le.AppendUint16(dst, o.WindowBits)
+		return le.AppendUint16(dst, o.Strategies), nil
+	case XZ:
+		dst = le.AppendUint32(dst, o.DictSize)
+		return le.AppendUint32(dst, o.Filters), nil
+	case LZ4:
+		var flags uint32
+		if o.HC {
+			flags = 1
+		}
+		dst = le.AppendUint32(dst, o.Version)
+		return le.AppendUint32(dst, flags), nil
+	case Zstd:
+		if o.Level < 1 || o.Level > 22 {
+			return dst, fmt.Errorf("zstd level %d in the compressor options: readers accept 1 to 22", o.Level)
+		}
+		return le.AppendUint32(dst, o.Level), nil
+	}
+	return dst, fmt.Errorf("compressor options of %v cannot be written", c)
+}
+
+// decodeCompressorOptions reads the options of method c.
+func decodeCompressorOptions(b []byte, c Compressor) (*compressorOptions, error) {
+	want := map[Compressor]int{Gzip: 8, XZ: 8, LZ4: 8, Zstd: 4, LZO: 8}[c]
+	if want == 0 || len(b) < want {
+		return nil, corruptf("%d bytes of compressor options for %v", len(b), c)
+	}
+	le := binary.LittleEndian
+	o := &compressorOptions{}
+	switch c {
+	case Gzip:
+		o.Level, o.WindowBits, o.Strategies = le.Uint32(b), le.Uint16(b[4:]), le.Uint16(b[6:])
+	case XZ:
+		o.DictSize, o.Filters = le.Uint32(b), le.Uint32(b[4:])
+	case LZ4:
+		o.Version, o.HC = le.Uint32(b), le.Uint32(b[4:])&1 != 0
+		if o.Version != 1 {
+			return nil, fmt.Errorf("lz4 format version %d: only 1, the legacy block format, is known", o.Version)
+		}
+	case Zstd:
+		o.Level = le.Uint32(b)
+	case LZO:
+		o.Algorithm, o.Level = le.Uint32(b), le.Uint32(b[4:])
+	}
+	return o, nil
+}

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package squash reads and writes SquashFS 4.0 images.
+//
+// It knows all fourteen inode kinds (seven basic, seven extended), hard links,
+// sparse files, the user, trusted and security extended attributes with shared
+// and out-of-line values, fragments, the export table, directory indexes, the
+// id table, and block sizes from 4 KiB to 1 MiB. The layout is the one of the
+// kernel's fs/squashfs/squashfs_fs.h; numbers without another source come from
+// there.
+//
+// An image is input from strangers. Every length, offset and count in it is
+// checked before it is used or allocated for; a directory reached twice, a
+// name that could leave its directory, and a block that decompresses beyond
+// its size are errors that unwrap to [ErrCorrupt].
+//
+// What the package refuses:
+//
+//   - SquashFS before 4.0, and big-endian images.
+//   - LZMA and LZO images; xz images that use a BCJ filter.
+//   - Names longer than 256 bytes, symlink targets longer than 65,535 bytes,
+//     more than 65,535 different user and group ids, modification times
+//     outside 1970..2106: the format cannot hold them, so writing them is an
+//     error that names the path and the limit, never a silent change.
+//   - Extended attributes outside user., trusted. and security., which the
+//     format has no prefix for.
+//   - Appending to an image.
+//
+// The package knows nothing of where an image comes from or goes to.
+package squash
