@@ -273,6 +273,9 @@ func (r *reader) common(args []string) Common {
 	if err != nil {
 		r.problem("IMAGE_ROOT_PARENT", fmt.Sprintf("%q: %v", parent, err))
 	}
+	if real, err := filepath.EvalSymlinks(abs); err == nil {
+		abs = real // later opens refuse a link in its place
+	}
 	return Common{
 		JobID:           r.text("IMS_JOB_ID", ""),
 		Action:          r.oneOf("IMS_ACTION", "", ActionCustomize, ActionCreate),
