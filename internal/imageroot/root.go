@@ -122,11 +122,18 @@ func (r *Root) OpenDir(name string) (*os.File, error) {
 	return r.OpenFile(name, unix.O_RDONLY|unix.O_DIRECTORY)
 }
 
+// IsAbsent reports whether err says that a name leads to nothing: it, or a
+// directory or link on the way, does not exist, is no directory, or goes round
+// in circles.
+func IsAbsent(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP)
+}
+
 // IsRegular reports whether name, resolved in the root, is a regular file. A
 // name that does not exist is not an error.
 func (r *Root) IsRegular(name string) (bool, error) {
 	f, err := r.Locate(name)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+	if IsAbsent(err) {
 		return false, nil
 	}
 	if err != nil {
@@ -166,7 +173,7 @@ func (r *Root) parent(name string) (*os.File, string, error) {
 // component. A name that does not exist is not an error; a directory is.
 func (r *Root) Remove(name string) error {
 	dir, base, err := r.parent(name)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+	if IsAbsent(err) {
 		return nil
 	}
 	if err != nil {

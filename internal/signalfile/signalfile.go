@@ -115,7 +115,7 @@ func (s Set) Exists(n Name) (bool, error) {
 func (p place) exists() (found bool, err error) {
 	err = p.with(func(r *imageroot.Root) error {
 		dir, err := r.OpenDir(filepath.Dir(p.name))
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, imageroot.ErrNotRegular) {
+		if imageroot.IsAbsent(err) || errors.Is(err, imageroot.ErrNotRegular) {
 			return nil
 		}
 		if err != nil {

@@ -4,9 +4,7 @@ package signalfile
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -172,7 +170,7 @@ func (w *waiter) rewatch() {
 				dir = nil
 			}
 		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil && !imageroot.IsAbsent(err) {
 			w.once("watch "+p.String(), "cannot watch the signal files' directory; looking every second instead", "dir", p.String(), "err", err)
 		}
 		if old := w.watched[i]; old != nil {
