@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package squash
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"hash"
+)
+
+// digest names content. The tree is a stranger's, so a hash for which two
+// inputs can be made to collide would let them put one file's bytes into
+// another.
+type digest [sha256.Size]byte
+
+// contentSum is the digest of a large file: of its blocks' digests, with runs
+// of zeroes counted, so that holes need not be read.
+type contentSum struct {
+	h       hash.Hash
+	pending uint64 // blocks of zeroes
+}
+
+func (s *contentSum) holes(n uint64) { s.pending += n }
+
+func (s *contentSum) block(d digest) {
+	s.flush()
+	s.h.Write([]byte{1})
+	s.h.Write(d[:])
+}
+
+func (s *contentSum) flush() {
+	if s.h == nil {
+		s.h = sha256.New()
+	}
+	if s.pending > 0 {
+		s.h.Write(binary.LittleEndian.AppendUint64([]byte{0}, s.pending))
+		s.pending = 0
+	}
+}
+
+func (s *contentSum) sum() (d digest) {
+	s.flush()
+	s.h.Sum(d[:0])
+	return d
+}
+
+// firstBlock is what two large files must have in common before it is worth
+// reading one of them in full to find out whether they are the same.
+type firstBlock struct {
+	size   int64
+	digest digest
+}
+
+// layoutRecord is where a large file that may have duplicates went.
+type layoutRecord struct {
+	known chan struct{} // closed when the rest is set
+	sum   digest
+	inode inodeRecord
+}
+
+func (r *layoutRecord) finish(ino *inodeRecord, sum digest) {
+	r.sum, r.inode = sum, *ino
+	r.inode.Blocks = append([]uint32(nil), ino.Blocks...)
+	close(r.known)
+}
+
+// duplicates finds large files that are in the image already, before any of
+// their blocks is compressed.
+type duplicates struct {
+	p    *pipeline
+	seen map[firstBlock][]*layoutRecord
+	buf  []byte
+}
+
+// find returns the record of an earlier file with the content of f and true,
+// or a new record to be filled in.
+func (d *duplicates) find(ctx context.Context, f *openFile) (*layoutRecord, bool, error) {
+	_, first, err := d.readBlock(f, 0)
+	if err != nil {
+		return nil, false, err
+	}
+	key := firstBlock{f.size, first}
+	if earlier := d.seen[key]; len(earlier) > 0 {
+		sum, err := d.readAll(ctx, f)
+		if err != nil {
+			return nil, false, err
+		}
+		for _, r := range earlier {
+			if _, _, err := receive(ctx, r.known); err != nil {
+				return nil, false, err
+			}
+			if r.sum == sum {
+				return r, true, nil
+			}
+		}
+	}
+	r := &layoutRecord{known: make(chan struct{})}
+	d.seen[key] = append(d.seen[key], r)
+	return r, false, nil
+}
+
+// readBlock returns the digest of one block, or zero that it has none.
+func (d *duplicates) readBlock(f *openFile, off int64) (zero bool, sum digest, err error) {
+	size := int64(d.p.w.opt.BlockSize)
+	if d.buf == nil {
+		d.buf = make([]byte, size)
+	}
+	raw := d.buf[:min(size, f.size-off)]
+	if err := f.readAt(raw, off); err != nil {
+		return false, sum, err
+	}
+	if bytes.Equal(raw, d.p.zeros[:len(raw)]) {
+		return true, sum, nil
+	}
+	return false, sha256.Sum256(raw), nil
+}
+
+func (d *duplicates) readAll(ctx context.Context, f *openFile) (digest, error) {
+	var s contentSum
+	size := int64(d.p.w.opt.BlockSize)
+	for off := int64(0); off < f.size; {
+		if ctx.Err() != nil {
+			return digest{}, context.Cause(ctx)
+		}
+		next, err := f.nextData(off, size)
+		if err != nil {
+			return digest{}, err
+		}
+		if next > off {
+			s.holes(uint64((next - off + size - 1) / size))
+			off = next
+			continue
+		}
+		zero, sum, err := d.readBlock(f, off)
+		if err != nil {
+			return digest{}, err
+		}
+		if zero {
+			s.holes(1)
+		} else {
+			s.block(sum)
+		}
+		off += size
+	}
+	return s.sum(), nil
+}

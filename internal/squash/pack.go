@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package squash
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+)
+
+// Options says how to write an image. The zero value is good for the boot
+// images of this world: gzip, which every kernel reads, blocks of 128 KiB.
+type Options struct {
+	Compressor Compressor // zero: Gzip
+	Level      int        // zero: the compressor's default
+	BlockSize  int        // bytes; zero: DefaultBlockSize
+	Workers    int        // zero: runtime.GOMAXPROCS, which knows the cgroup's quota
+
+	// Epoch, if set, makes the image reproducible as SOURCE_DATE_EPOCH asks
+	// for: it is the image's time, and inodes newer than it get it too. With
+	// it, the same tree makes the same bytes, however many workers there are.
+	Epoch *time.Time
+
+	// Progress, if set, is called now and then with the bytes of file content
+	// that are in the image, from one goroutine at a time.
+	Progress func(done, total int64)
+
+	// MemoryLimit, in bytes, bounds the blocks in flight; zero means four per
+	// worker. The memory for metadata, some 300 bytes for each inode, comes on
+	// top of it.
+	MemoryLimit int64
+}
+
+// Stats says what an image holds.
+type Stats struct {
+	Inodes         int64      `json:"inodes"`
+	Files          int64      `json:"files"`          // regular ones, names of one inode counted once
+	BytesIn        int64      `json:"bytesIn"`        // their content, holes included
+	BytesOut       int64      `json:"bytesOut"`       // length of the image
+	Duplicates     int64      `json:"duplicates"`     // files whose content another one has, stored once
+	DuplicateBytes int64      `json:"duplicateBytes"` // their content
+	Fragments      int        `json:"fragments"`      // blocks shared by small files
+	Compressor     Compressor `json:"compressor"`
+	BlockSize      int        `json:"blockSize"`
+	Warnings       []string   `json:"warnings,omitempty"` // what was left out or altered, by path
+}
+
+// withDefaults replaces zeroes and refuses nonsense.
+func (o Options) withDefaults() (Options, error) {
+	if o.Compressor == 0 {
+		o.Compressor = Gzip
+	}
+	if o.BlockSize == 0 {
+		o.BlockSize = DefaultBlockSize
+	}
+	if err := checkBlockSize(int64(o.BlockSize)); err != nil {
+		return o, err
+	}
+	if o.Workers == 0 {
+		o.Workers = runtime.GOMAXPROCS(0)
+	}
+	if o.Workers < 0 || o.MemoryLimit < 0 {
+		return o, fmt.Errorf("%d workers with %d bytes: neither can be negative", o.Workers, o.MemoryLimit)
+	}
+	return o, nil
+}
+
+// Pack writes the image of a source to out, from offset zero on and padded to
+// 4096 bytes; out should be empty. The blocks are written in order, the
+// superblock last. After an error out holds no image.
+func Pack(ctx context.Context, src Source, out io.WriterAt, opt Options) (Stats, error) {
+	w, err := pack(ctx, src, out, opt)
+	if err != nil {
+		return Stats{}, fmt.Errorf("pack: %w", err)
+	}
+	return w.stats, nil
+}
+
+// pack returns the writer, which knows what an image needs.
+func pack(ctx context.Context, src Source, out io.WriterAt, opt Options) (*writer, error) {
+	opt, err := opt.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	w, err := newWriter(out, opt)
+	if err != nil {
+		return nil, err
+	}
+	return w, w.run(ctx, src)
+}
+
+// PackFile writes the image of a source to path. It writes a new file beside
+// it, reads that back to check its structure, brings it to disk, and only then
+// renames it to path. Nothing is left behind after an error.
+func PackFile(ctx context.Context, src Source, path string, opt Options) (Stats, error) {
+	f, err := os.CreateTemp(filepath.Dir(path), ".squash-*.tmp")
+	if err != nil {
+		return Stats{}, fmt.Errorf("pack %s: %w", path, err)
+	}
+	st, err := packChecked(ctx, src, f, opt)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return Stats{}, errors.Join(fmt.Errorf("pack %s: %w", path, err), os.Remove(f.Name()))
+	}
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return Stats{}, fmt.Errorf("pack %s: %w", path, err)
+	}
+	return st, nil
+}
+
+// packChecked packs to f, checks the result and brings it to disk.
+func packChecked(ctx context.Context, src Source, f *os.File, opt Options) (Stats, error) {
+	w, err := pack(ctx, src, f, opt)
+	if err != nil {
+		return Stats{}, err
+	}
+	if _, err := Open(f, w.stats.BytesOut); err != nil {
+		return Stats{}, fmt.Errorf("check of the image just written: %w", err)
+	}
+	// CreateTemp made it unreadable for others; an image is not secret.
+	if err := f.Chmod(0o644); err != nil {
+		return Stats{}, err
+	}
+	if err := f.Sync(); err != nil {
+		return Stats{}, w.out.explain(err)
+	}
+	return w.stats, nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package squash
+
+import "context"
+
+// fragmentPlace is where a small file's content lies.
+type fragmentPlace struct{ index, offset uint32 }
+
+// sequencer is the stage that decides, in the order of the walk, where small
+// files go.
+type sequencer struct {
+	p         *pipeline
+	seen      map[digest]fragmentPlace // content of small files
+	current   *block                   // the fragment block being filled
+	fragments uint32
+}
+
+func (s *sequencer) run(ctx context.Context) error {
+	for {
+		it, ok, err := receive(ctx, s.p.toSeq)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			// The dispatcher has finished, so nobody sends to work but us.
+			err := s.endFragment(ctx)
+			if err == nil {
+				close(s.p.work)
+				close(s.p.toOut)
+			}
+			return err
+		}
+		if it.kind == itemSmall {
+			if it.place, it.dup, err = s.place(ctx, it.block); err != nil {
+				return err
+			}
+			it.block = nil
+		}
+		if err := send(ctx, s.p.toOut, it); err != nil {
+			return err
+		}
+	}
+}
+
+// place finds room for a small file's content and frees its block.
+func (s *sequencer) place(ctx context.Context, b *block) (at fragmentPlace, dup bool, err error) {
+	if err := b.wait(ctx); err != nil {
+		return at, false, err
+	}
+	defer func() { s.p.free <- b }()
+	if b.hash {
+		if at, dup = s.seen[b.digest]; dup {
+			return at, true, nil
+		}
+	}
+	if s.current != nil && s.current.n+b.n > len(s.current.raw) {
+		if err := s.endFragment(ctx); err != nil {
+			return at, false, err
+		}
+	}
+	if s.current == nil {
+		if s.current, err = s.p.take(ctx, s.p.gather); err != nil {
+			return at, false, err
+		}
+		s.current.job, s.current.n = jobFragment, 0
+	}
+	at = fragmentPlace{index: s.fragments, offset: uint32(s.current.n)}
+	s.current.n += copy(s.current.raw[s.current.n:], b.raw[:b.n])
+	if b.hash {
+		s.seen[b.digest] = at
+	}
+	return at, false, nil
+}
+
+// endFragment sends the current fragment block on its way.
+func (s *sequencer) endFragment(ctx context.Context) error {
+	b := s.current
+	if b == nil {
+		return nil
+	}
+	s.current = nil
+	s.fragments++
+	if err := send(ctx, s.p.work, b); err != nil {
+		return err
+	}
+	return send(ctx, s.p.toOut, item{kind: itemFragment, block: b})
+}
+
+// layout is the last stage: it alone knows offsets in the image, writes to it,
+// and makes the records that hold such offsets.
+type layout struct {
+	p *pipeline
+	w *writer
+
+	// The large file whose blocks are passing.
+	start  uint64
+	placed bool // start is known
+	words  []uint32
+	sparse uint64
+	sum    contentSum
+}
+
+func (l *layout) run(ctx context.Context) error {
+	for {
+		it, ok, err := receive(ctx, l.p.toOut)
+		if err != nil || !ok {
+			return err
+		}
+		if err := l.step(ctx, it); err != nil {
+			return err
+		}
+	}
+}
+
+func (l *layout) step(ctx context.Context, it item) error {
+	w := l.w
+	switch it.kind {
+	case itemBlock:
+		return l.dataBlock(ctx, it.block)
+	case itemHoles:
+		l.holes(it.holes)
+	case itemFragment:
+		return l.fragment(ctx, it.block)
+	case itemLarge:
+		l.progress(it.ino)
+		return l.largeFile(it.ino, it.rec)
+	case itemCopy:
+		w.stats.Duplicates++
+		w.stats.DuplicateBytes += it.ino.size
+		l.progress(it.ino)
+		r := it.rec.inode
+		return w.writeInode(it.ino, &r)
+	case itemSmall:
+		if it.dup {
+			w.stats.Duplicates++
+			w.stats.DuplicateBytes += it.ino.size
+		}
+		l.progress(it.ino)
+		return w.writeInode(it.ino, &inodeRecord{Size: uint64(it.ino.size), Fragment: it.place.index, FragOffset: it.place.offset})
+	case itemOther:
+		if it.ino.typ == typeFile {
+			return w.writeInode(it.ino, &inodeRecord{Fragment: noFragment})
+		}
+		return w.writeOther(it.ino)
+	}
+	return nil
+}
+
+// largeFile ends the file whose blocks have passed.
+func (l *layout) largeFile(ino *inode, rec *layoutRecord) error {
+	size, blockSize := uint64(ino.size), uint64(l.w.opt.BlockSize)
+	if tail := size % blockSize; tail > 0 && l.words[len(l.words)-1] == 0 {
+		l.sparse -= blockSize - tail // the last hole ends with the file
+	}
+	r := inodeRecord{Start: l.start, Size: size, Sparse: l.sparse, Fragment: noFragment, Blocks: l.words}
+	if rec != nil {
+		rec.finish(&r, l.sum.sum())
+	}
+	err := l.w.writeInode(ino, &r)
+	l.start, l.placed, l.words, l.sparse, l.sum = 0, false, l.words[:0], 0, contentSum{}
+	return err
+}
+
+func (l *layout) progress(ino *inode) {
+	l.w.out.done += ino.size
+	if l.w.opt.Progress != nil {
+		l.w.opt.Progress(l.w.out.done, l.w.out.total)
+	}
+}
+
+func (l *layout) dataBlock(ctx context.Context, b *block) error {
+	if err := b.wait(ctx); err != nil {
+		return err
+	}
+	defer func() { l.p.free <- b }()
+	if b.zero {
+		l.holes(1)
+		return nil
+	}
+	if !l.placed {
+		l.start, l.placed = uint64(l.w.out.off), true
+	}
+	l.words = append(l.words, b.word)
+	if b.hash {
+		l.sum.block(b.digest)
+	}
+	return l.w.out.write(b.stored)
+}
+
+func (l *layout) holes(n uint64) {
+	l.words = append(l.words, make([]uint32, n)...)
+	l.sparse += n * uint64(l.w.opt.BlockSize)
+	l.sum.holes(n)
+}
+
+func (l *layout) fragment(ctx context.Context, b *block) error {
+	if err := b.wait(ctx); err != nil {
+		return err
+	}
+	defer func() { l.p.gather <- b }()
+	l.w.fragments = append(l.w.fragments, fragmentEntry{Start: uint64(l.w.out.off), Size: b.word})
+	return l.w.out.write(b.stored)
+}

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package squash
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+)
+
+// worker does the work that may be done in any order.
+func (p *pipeline) worker(ctx context.Context) error {
+	comp, err := newCompressor(p.w.opt.Compressor, p.w.opt.Level, p.w.opt.BlockSize)
+	if err != nil {
+		return err
+	}
+	for {
+		b, ok, err := receive(ctx, p.work)
+		if err != nil || !ok {
+			return err
+		}
+		if err := p.process(b, comp); err != nil {
+			return err
+		}
+		b.done <- struct{}{}
+	}
+}
+
+func (p *pipeline) process(b *block, comp compressor) error {
+	raw := b.raw[:b.n]
+	if f := b.file; f != nil {
+		b.file = nil
+		if err := f.readAt(raw, b.off); err != nil {
+			return err
+		}
+		if err := p.release(f); err != nil {
+			return err
+		}
+	}
+	if b.job == jobData {
+		if b.zero = bytes.Equal(raw, p.zeros[:b.n]); b.zero {
+			return nil
+		}
+	}
+	if b.hash {
+		b.digest = sha256.Sum256(raw)
+	}
+	if b.job == jobSmall {
+		return nil
+	}
+	n, ok, err := comp.Compress(b.packed[:b.n], raw)
+	if err != nil {
+		return err
+	}
+	b.stored = raw
+	if ok {
+		b.stored = b.packed[:n]
+	}
+	b.word = dataWord(len(b.stored), !ok)
+	return nil
+}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package squash
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+
+	"golang.org/x/sys/unix"
+)
+
+// identity is what lstat says about a file and what differs after any write to
+// it, or when the name stands for another file. A write in the same clock tick
+// as the walk that keeps the size goes unseen; the tree is to be at rest.
+type identity struct {
+	link         LinkID
+	size         uint64
+	mtime, ctime unix.StatxTimestamp
+}
+
+func fileIdentity(st *unix.Statx_t) identity {
+	return identity{link: linkID(st), size: st.Size, mtime: st.Mtime, ctime: st.Ctime}
+}
+
+// differs says how a file differs from now, or nothing.
+func (id *identity) differs(now *identity) string {
+	switch {
+	case now.link != id.link:
+		return "it was replaced"
+	case now.size != id.size:
+		return fmt.Sprintf("its size was %d and is %d", id.size, now.size)
+	case now.mtime != id.mtime:
+		return "it was written to"
+	case now.ctime != id.ctime:
+		return "its attributes were changed"
+	}
+	return ""
+}
+
+// dirContent is a regular file in a directory tree.
+type dirContent struct {
+	source *dirSource
+	dir    *dirNode
+	name   string
+	was    identity
+	holes  bool // fewer blocks allocated than the size needs
+}
+
+func (c *dirContent) path() string { return path.Join(c.dir.path(), c.name) }
+
+// Open implements Content. It is called from one goroutine.
+func (c *dirContent) Open() (ContentReader, error) {
+	dirFD, err := c.source.dirFD(c.dir)
+	if err != nil {
+		return nil, vanished("open directory", c.dir.path(), err)
+	}
+	// The walk saw a regular file. Should something else have taken its name,
+	// O_NONBLOCK keeps a fifo from blocking the open.
+	fd, err := unix.Openat(dirFD, c.name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, vanished("open", c.path(), err)
+	}
+	r := &dirReader{dirContent: c, fd: fd}
+	if err := r.unchanged(); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return r, nil
+}
+
+// dirFD opens a directory, one name at a time from the root.
+func (s *dirSource) dirFD(node *dirNode) (int, error) {
+	if node == s.root {
+		return s.fd, nil
+	}
+	if node == s.cacheNode {
+		return s.cacheFD, nil
+	}
+	var names []string
+	for n := node; n != s.root; n = n.parent {
+		names = append(names, n.name)
+	}
+	fd := s.fd
+	for i := len(names) - 1; i >= 0; i-- {
+		next, err := openDir(fd, names[i])
+		if fd != s.fd {
+			unix.Close(fd)
+		}
+		if err != nil {
+			return -1, err
+		}
+		fd = next
+	}
+	if s.cacheFD >= 0 {
+		unix.Close(s.cacheFD)
+	}
+	s.cacheNode, s.cacheFD = node, fd
+	return fd, nil
+}
+
+type dirReader struct {
+	*dirContent
+	fd int
+}
+
+// unchanged compares the open file with what the walk saw.
+func (r *dirReader) unchanged() error {
+	var st unix.Statx_t
+	if err := unix.Statx(r.fd, "", unix.AT_EMPTY_PATH, statMask, &st); err != nil {
+		return &fs.PathError{Op: "stat", Path: r.path(), Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return changedError(r.path(), "it is no regular file any more")
+	}
+	now := fileIdentity(&st)
+	if how := r.was.differs(&now); how != "" {
+		return changedError(r.path(), how)
+	}
+	return nil
+}
+
+func (r *dirReader) ReadAt(p []byte, off int64) (int, error) {
+	n := 0
+	for n < len(p) {
+		m, err := unix.Pread(r.fd, p[n:], off+int64(n))
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return n, &fs.PathError{Op: "read", Path: r.path(), Err: err}
+		case m == 0:
+			return n, changedError(r.path(), fmt.Sprintf("it ends at %d of %d bytes", off+int64(n), r.was.size))
+		}
+		n += m
+	}
+	return n, nil
+}
+
+func (r *dirReader) NextData(off int64) (int64, error) {
+	if !r.holes {
+		return off, nil
+	}
+	next, err := unix.Seek(r.fd, off, unix.SEEK_DATA)
+	switch {
+	case errors.Is(err, unix.ENXIO):
+		return int64(r.was.size), nil
+	case errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTSUP):
+		return off, nil // the file system cannot tell: zeroes are found by reading
+	case err != nil:
+		return 0, &fs.PathError{Op: "seek to data", Path: r.path(), Err: err}
+	}
+	return next, nil
+}
+
+func (r *dirReader) Close() error {
+	err := r.unchanged()
+	if cerr := unix.Close(r.fd); err == nil && cerr != nil {
+		err = &fs.PathError{Op: "close", Path: r.path(), Err: cerr}
+	}
+	return err
+}
