@@ -235,7 +235,7 @@ func load(getenv func(string) string, needs need, args []string) (Sidecar, error
 	if needs&needJob != 0 {
 		r.checkJob(cfg.JobID)
 	}
-	if needs&needAction != 0 && cfg.Action == "" {
+	if needs&needAction != 0 && r.text("IMS_ACTION", "") == "" {
 		r.problem("IMS_ACTION", "is not set: set it to customize or create, as the IMS job template does")
 	}
 	if needs&needName != 0 && cfg.ArchiveName == "" {
@@ -306,7 +306,7 @@ func (r *reader) rootAndBoot(cfg *Sidecar) {
 	cfg.BootDir = bootName
 	if dir := r.text("IMAGE_BOOT_DIR", ""); dir != "" {
 		rel, err := filepath.Rel(cfg.RootDir, dir)
-		if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
+		if err != nil || !filepath.IsLocal(rel) {
 			r.problem("IMAGE_BOOT_DIR", fmt.Sprintf("%q is not below the image root %s: unset it, or name a directory there", dir, cfg.RootDir))
 			return
 		}
