@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package local
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"github.com/versity/versitygw/backend/meta"
+	"github.com/versity/versitygw/backend/posix"
+	"github.com/versity/versitygw/embedgw"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/upload"
+)
+
+const (
+	bucketImages = "boot-images"
+	bucketIMS    = "ims"
+
+	// s3Ready bounds the wait for the first answer of the store.
+	s3Ready = 30 * time.Second
+)
+
+// s3Keys are the store's one pair of keys.
+type s3Keys struct {
+	AccessKey string `json:"access_key"`
+	SecretKey string `json:"secret_key"`
+}
+
+// s3Setup is what the S3 child is told on its standard input.
+type s3Setup struct {
+	Keys    s3Keys `json:"keys"`
+	Listen  string `json:"listen"`
+	Dir     string `json:"dir"`     // objects
+	SideDir string `json:"sidedir"` // metadata, where the file system has no user xattrs
+}
+
+// s3Child serves S3 until it is killed. It is a process of its own because the
+// posix backend works relative to the working directory and knows only one
+// instance per process.
+func s3Child(stdin io.Reader) int {
+	if err := serveS3(stdin); err != nil {
+		fmt.Fprintln(os.Stderr, "S3 server:", err)
+		return 1
+	}
+	return 0
+}
+
+func serveS3(stdin io.Reader) error {
+	var s s3Setup
+	if err := readSetup(stdin, &s); err != nil {
+		return err
+	}
+	var store meta.MetadataStorer = meta.XattrMeta{}
+	opts := posix.PosixOpts{
+		NewDirPerm:  0o700,
+		NewFilePerm: 0o600,
+		// one server-side copy of any size: there is no 5 GiB limit to imitate
+		CopyObjectThreshold: 1 << 50,
+		Concurrency:         64,
+	}
+	if err := (meta.XattrMeta{}).Test(s.Dir); err != nil {
+		if err := os.MkdirAll(s.SideDir, 0o700); err != nil {
+			return err
+		}
+		side, err := meta.NewSideCar(s.SideDir)
+		if err != nil {
+			return err
+		}
+		store, opts.SideCarDir = side, s.SideDir
+	}
+	backend, err := posix.New(s.Dir, store, opts)
+	if err != nil {
+		return err
+	}
+	return embedgw.RunVersityGW(context.Background(), backend, &embedgw.Config{
+		RootUserAccess:    s.Keys.AccessKey,
+		RootUserSecret:    s.Keys.SecretKey,
+		Ports:             []string{s.Listen},
+		MaxConnections:    1024,
+		MaxRequests:       1024,
+		MultipartMaxParts: 10000,
+		KeepAlive:         true,
+		Quiet:             true,
+	})
+}
+
+// s3Server is the running store.
+type s3Server struct {
+	*child
+	keys     s3Keys
+	endpoint string // http://host:port
+}
+
+// startS3 starts the store of a data directory and waits until it answers.
+// listen is the address, its port 0 for a free one.
+func startS3(ctx context.Context, data, listen string, log *slog.Logger) (*s3Server, error) {
+	keys, err := loadKeys(filepath.Join(data, "s3-credentials"))
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(data, "s3")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	addr, err := freeAddr(listen)
+	if err != nil {
+		return nil, fmt.Errorf("S3 server: %w; give another --s3-listen", err)
+	}
+	out, err := os.OpenFile(filepath.Join(data, "s3.log"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	c, err := startChild(modeS3, s3Setup{Keys: keys, Listen: addr.String(), Dir: dir, SideDir: filepath.Join(data, "s3-metadata")}, out, syscall.SysProcAttr{})
+	if err != nil {
+		return nil, err
+	}
+	s := &s3Server{child: c, keys: keys, endpoint: "http://" + reachable(addr)}
+	if err := s.ready(ctx); err != nil {
+		s.stop()
+		return nil, fmt.Errorf("S3 server: %w; its log is %s", err, out.Name())
+	}
+	log.Info("S3 server runs", "endpoint", s.endpoint, "bucket", bucketImages)
+	return s, nil
+}
+
+// ready creates the buckets, which proves that the store answers.
+func (s *s3Server) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, s3Ready, fmt.Errorf("no answer within %s", s3Ready))
+	defer cancel()
+	go func() {
+		select {
+		case <-s.done:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	for _, bucket := range []string{bucketImages, bucketIMS} {
+		client, err := s.client(bucket)
+		if err != nil {
+			return err
+		}
+		if err := client.MakeBucket(ctx); err != nil {
+			select {
+			case <-s.done:
+				return fmt.Errorf("ended at once: %s", s.exit())
+			default:
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// client is an S3 client for one bucket. Its retries are short: the store is on
+// this machine and lives as long as we do.
+func (s *s3Server) client(bucket string) (*upload.S3, error) {
+	return upload.NewS3(upload.S3Config{
+		Endpoint: s.endpoint, AccessKey: s.keys.AccessKey, SecretKey: s.keys.SecretKey, Bucket: bucket,
+		Budget: s3Ready, RetryPause: 20 * time.Millisecond,
+	})
+}
+
+// stop ends the store. The posix backend makes objects appear by rename, so
+// there is nothing to lose in a kill.
+func (s *s3Server) stop() {
+	s.kill()
+	<-s.done
+}
+
+// loadKeys reads the store's keys, or makes them on the first start.
+func loadKeys(path string) (s3Keys, error) {
+	var keys s3Keys
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		keys = s3Keys{AccessKey: "ims" + rand.Text()[:13], SecretKey: rand.Text() + rand.Text()}
+		if b, err = json.MarshalIndent(keys, "", "  "); err != nil {
+			return keys, err
+		}
+		return keys, renameio.WriteFile(path, append(b, '\n'), 0o600)
+	}
+	if err != nil {
+		return keys, err
+	}
+	if err := json.Unmarshal(b, &keys); err != nil || keys.AccessKey == "" || keys.SecretKey == "" {
+		return keys, fmt.Errorf("S3 credentials %s: not as written by imslocal (%v); remove the file and the objects below %s", path, err, filepath.Join(filepath.Dir(path), "s3"))
+	}
+	return keys, nil
+}
+
+// freeAddr finds the address to listen on: listen, its port chosen when it is
+// 0. versitygw cannot be handed a listener nor asked for its port.
+func freeAddr(listen string) (*net.TCPAddr, error) {
+	l, err := net.Listen("tcp", listen)
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr), nil
+}
+
+// reachable is where this machine reaches a listening address.
+func reachable(addr *net.TCPAddr) string {
+	if addr.IP.IsUnspecified() {
+		addr = &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: addr.Port}
+	}
+	return addr.String()
+}
