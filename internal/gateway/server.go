@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	gssh "github.com/gliderlabs/ssh"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/gateway/sshdconf"
+	"github.com/ims-buildenv/ims-buildenv/internal/jail"
+)
+
+// server is one running SSH server over one jail.
+type server struct {
+	set  *sshdconf.Settings
+	jail *jail.Jail
+	log  *slog.Logger
+	ssh  *gssh.Server
+	algs algorithms
+	env  []string // of every session, NAME=value
+
+	ids    atomic.Uint64
+	mu     sync.Mutex
+	conns  map[*conn]struct{}
+	unauth []*conn // in order of arrival
+	ending string  // why nobody may log in any more; empty while open
+	ended  string  // why no session may start any more
+}
+
+// connKey finds the *conn in a gliderlabs context.
+type connKey struct{}
+
+func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version string, log *slog.Logger) (*server, error) {
+	s := &server{set: set, jail: j, log: log, conns: map[*conn]struct{}{}}
+	var err error
+	if s.algs, err = chooseAlgorithms(set); err != nil {
+		return nil, err
+	}
+	s.ssh = &gssh.Server{
+		Version: "ims-buildenv_" + version,
+		ConnCallback: func(ctx gssh.Context, nc net.Conn) net.Conn {
+			ctx.SetValue(connKey{}, nc)
+			return nc
+		},
+		ServerConfigCallback: func(ctx gssh.Context) *ssh.ServerConfig {
+			return s.serverConfig(ctx.Value(connKey{}).(*conn))
+		},
+		ConnectionFailedCallback: func(_ net.Conn, err error) {
+			// The connection's own log line says why; it is written when it is gone.
+			var auth *ssh.ServerAuthError
+			if !errors.As(err, &auth) {
+				log.Debug("handshake failed", "err", err)
+			}
+		},
+		ChannelHandlers: map[string]gssh.ChannelHandler{
+			"session":                        s.channel(s.serveSession),
+			"direct-tcpip":                   s.channel(s.refuseForward),
+			"direct-streamlocal@openssh.com": s.channel(s.refuseForward),
+			"default": s.channel(func(c *conn, _ *ssh.ServerConn, nc ssh.NewChannel) {
+				c.log.Info("channel refused", "type", nc.ChannelType(), "why", "unknown type")
+				nc.Reject(ssh.UnknownChannelType, "this server has no channels of type "+quoteShort(nc.ChannelType()))
+			}),
+		},
+		RequestHandlers: map[string]gssh.RequestHandler{
+			"no-more-sessions@openssh.com": s.global(func(c *conn, _ *ssh.Request) bool {
+				c.noMoreSessions()
+				return true
+			}),
+			"default": s.global(func(c *conn, req *ssh.Request) bool {
+				// keepalive@openssh.com arrives here: any answer keeps the client content, and
+				// OpenSSH's sshd answers it with a failure too.
+				c.log.Debug("global request refused", "type", quoteShort(req.Type))
+				return false
+			}),
+		},
+	}
+	for _, k := range keys {
+		s.ssh.AddHostKey(k)
+	}
+	return s, nil
+}
+
+// serve accepts connections until l is closed.
+func (s *server) serve(l net.Listener) error {
+	var delay time.Duration
+	for {
+		nc, err := l.Accept()
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return nil
+			}
+			// Out of descriptors or memory, or a peer that went away: none of it is a reason
+			// to stop listening, because a client that is refused may give its job up.
+			delay = min(max(2*delay, 5*time.Millisecond), time.Second)
+			s.log.Warn("accept", "err", err, "retry_in", delay)
+			time.Sleep(delay)
+			continue
+		}
+		delay = 0
+		go s.handle(nc)
+	}
+}
+
+func (s *server) handle(nc net.Conn) {
+	if t, ok := nc.(*net.TCPConn); ok {
+		// Long enough to survive a network outage of some minutes.
+		t.SetKeepAliveConfig(net.KeepAliveConfig{
+			Enable: s.set.TCPKeepAlive, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 9,
+		})
+	}
+	c := newConn(s, nc)
+	s.add(c)
+	defer s.remove(c)
+	defer c.guard("connection")
+	s.ssh.HandleConn(c)
+}
+
+// add enters a connection that has yet to authenticate. Beyond MaxStartups the oldest of
+// those is closed, not the newest: strangers who sit on connections cannot keep a client
+// with a key out, and authenticated connections are never counted.
+func (s *server) add(c *conn) {
+	s.mu.Lock()
+	s.conns[c] = struct{}{}
+	s.unauth = append(s.unauth, c)
+	var oldest *conn
+	if len(s.unauth) > s.set.MaxStartups {
+		oldest = s.unauth[0]
+		s.unauth = s.unauth[1:]
+	}
+	s.mu.Unlock()
+	if oldest != nil {
+		oldest.end("MaxStartups: too many connections that have not logged in")
+	}
+	c.log.Debug("connection opened")
+}
+
+func (s *server) authenticated(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forget(c)
+}
+
+// forget drops c from the unauthenticated; the caller holds mu.
+func (s *server) forget(c *conn) {
+	for i, u := range s.unauth {
+		if u == c {
+			s.unauth = append(s.unauth[:i:i], s.unauth[i+1:]...)
+			return
+		}
+	}
+}
+
+func (s *server) remove(c *conn) {
+	c.end("the client closed the connection")
+	s.mu.Lock()
+	delete(s.conns, c)
+	s.forget(c)
+	s.mu.Unlock()
+	c.logEnd()
+}
+
+// snapshot returns the connections there are.
+func (s *server) snapshot() []*conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	cs := make([]*conn, 0, len(s.conns))
+	for c := range s.conns {
+		cs = append(cs, c)
+	}
+	return cs
+}
+
+// closing says why logins are refused; empty while they are not.
+func (s *server) closing() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ending
+}
+
+// stopping says why sessions are refused on connections that are there already.
+func (s *server) stopping() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ended
+}
+
+// channel adapts a handler to gliderlabs' signature; a panic ends this channel's handler
+// and nothing else.
+func (s *server) channel(h func(*conn, *ssh.ServerConn, ssh.NewChannel)) gssh.ChannelHandler {
+	return func(_ *gssh.Server, sc *ssh.ServerConn, nc ssh.NewChannel, ctx gssh.Context) {
+		c := ctx.Value(connKey{}).(*conn)
+		defer c.guard("channel " + quoteShort(nc.ChannelType()))
+		h(c, sc, nc)
+	}
+}
+
+func (s *server) global(h func(*conn, *ssh.Request) bool) gssh.RequestHandler {
+	return func(ctx gssh.Context, _ *gssh.Server, req *ssh.Request) (ok bool, _ []byte) {
+		c := ctx.Value(connKey{}).(*conn)
+		defer c.guard("global request")
+		return h(c, req), nil
+	}
+}
+
+func (s *server) refuseForward(c *conn, _ *ssh.ServerConn, nc ssh.NewChannel) {
+	c.log.Info("channel refused", "type", nc.ChannelType(), "why", "forwarding is not available")
+	nc.Reject(ssh.Prohibited, "this server does not forward connections")
+}
+
+// conn is one connection; it is the net.Conn that the SSH library reads and writes.
+type conn struct {
+	net.Conn
+	srv    *server
+	log    *slog.Logger
+	opened time.Time
+	in     atomic.Int64 // bytes read from the client
+	out    atomic.Int64
+	grace  *time.Timer // LoginGraceTime
+
+	mu       sync.Mutex
+	login    *login // set when the login is complete
+	client   string // its version string, then
+	sessions map[*session]struct{}
+	noMore   bool      // the client promised to open no more sessions
+	lastEnd  time.Time // when its last session ended
+	reason   string    // who closed it and why; the first reason stays
+}
+
+func newConn(s *server, nc net.Conn) *conn {
+	c := &conn{Conn: nc, srv: s, opened: time.Now(), sessions: map[*session]struct{}{}}
+	c.log = s.log.With("conn", s.ids.Add(1), "peer", nc.RemoteAddr().String())
+	if d := s.set.LoginGraceTime; d > 0 {
+		c.grace = time.AfterFunc(d, func() { c.end(fmt.Sprintf("LoginGraceTime: no login within %s", d)) })
+	}
+	return c
+}
+
+// Read counts; the SSH library is the only reader.
+func (c *conn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.in.Add(int64(n))
+	return n, err
+}
+
+// Write counts.
+func (c *conn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.out.Add(int64(n))
+	return n, err
+}
+
+// SetDeadline does nothing: gliderlabs sets "no deadline" before each read and write,
+// which would cost a timer operation per packet; limits here are timers of our own.
+func (c *conn) SetDeadline(time.Time) error { return nil }
+
+// end closes the connection; the first caller's reason goes to the log.
+func (c *conn) end(why string) {
+	c.mu.Lock()
+	if c.reason == "" {
+		c.reason = why
+	}
+	c.mu.Unlock()
+	if c.grace != nil {
+		c.grace.Stop()
+	}
+	c.Conn.Close()
+}
+
+func (c *conn) logEnd() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	level := slog.LevelInfo
+	if c.login == nil && c.reason == "the client closed the connection" {
+		level = slog.LevelDebug // port checks, mostly
+	}
+	c.log.Log(nil, level, "connection closed", "why", c.reason, "authenticated", c.login != nil,
+		"seconds", int(time.Since(c.opened).Seconds()), "bytes_in", c.in.Load(), "bytes_out", c.out.Load())
+}
+
+// loggedIn records the completed login.
+func (c *conn) loggedIn(l *login, client string) {
+	c.mu.Lock()
+	c.login, c.client = l, client
+	c.mu.Unlock()
+	if c.grace != nil {
+		c.grace.Stop()
+	}
+	c.srv.authenticated(c)
+}
+
+func (c *conn) isOpenSSH() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return strings.Contains(c.client, "OpenSSH")
+}
+
+func (c *conn) noMoreSessions() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.noMore = true
+}
+
+// acquire takes one of the connection's session slots.
+func (c *conn) acquire(ss *session) (ssh.RejectionReason, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.noMore:
+		return ssh.Prohibited, errors.New("the client asked for no more sessions on this connection")
+	case len(c.sessions) >= c.srv.set.MaxSessions:
+		return ssh.ResourceShortage, fmt.Errorf("MaxSessions: this connection has %d sessions open", len(c.sessions))
+	}
+	c.sessions[ss] = struct{}{}
+	return 0, nil
+}
+
+func (c *conn) release(ss *session) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.sessions[ss]; ok {
+		delete(c.sessions, ss)
+		c.lastEnd = time.Now()
+	}
+}
+
+func (c *conn) sessionList() []*session {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	l := make([]*session, 0, len(c.sessions))
+	for ss := range c.sessions {
+		l = append(l, ss)
+	}
+	return l
+}
+
+// guard turns a panic into a log line and the end of this connection.
+func (c *conn) guard(what string) {
+	if p := recover(); p != nil {
+		c.log.Error("panic in "+what, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+		c.end("internal error")
+	}
+}
+
+// quoteShort makes a peer's text fit to be shown or logged.
+func quoteShort(s string) string {
+	const most = 64
+	if len(s) > most {
+		s = s[:most] + "..."
+	}
+	return fmt.Sprintf("%q", s)
+}

@@ -1,0 +1,524 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/gateway/sshdconf"
+	"github.com/ims-buildenv/ims-buildenv/internal/jail"
+)
+
+// session is one channel of type "session" (RFC 4254, section 6). Its requests are handled
+// one after the other on one goroutine; what another goroutine touches is below mu.
+type session struct {
+	c     *conn
+	login *login
+	ch    ssh.Channel
+	log   *slog.Logger
+
+	tty      *jail.TTY // asked for with pty-req
+	env      []string  // accepted env requests
+	envBytes int
+	started  bool
+	forced   bool // by command= or ForceCommand: signals are refused, as in sshd
+	signals  chan unix.Signal
+
+	events chan struct{} // from the pumps
+	out    *screen       // the channel's standard output
+
+	mu          sync.Mutex
+	proc        *jail.Process
+	interactive bool       // a shell on a terminal: somebody looks at it
+	files       []*os.File // our ends; closed when the client is gone
+	pumps       []*pump
+	gone        bool // the client closed the channel
+}
+
+// screen serialises writers to the standard output of a channel: the command's output and
+// notices of our own. The SSH library forbids concurrent writes.
+type screen struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (s *screen) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.w == nil {
+		return 0, io.ErrClosedPipe
+	}
+	return s.w.Write(b)
+}
+
+// close makes later writes fail, and waits for one that is under way.
+func (s *screen) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.w = nil
+}
+
+func (s *server) serveSession(c *conn, sc *ssh.ServerConn, nc ssh.NewChannel) {
+	refuse := func(reason ssh.RejectionReason, why string) {
+		c.log.Info("session refused", "why", why)
+		nc.Reject(reason, why)
+	}
+	l, ok := sc.Permissions.ExtraData[loginKey{}].(*login)
+	if !ok {
+		refuse(ssh.Prohibited, "this connection has not logged in")
+		return
+	}
+	if why := s.stopping(); why != "" {
+		refuse(ssh.Prohibited, why)
+		return
+	}
+	ss := &session{
+		c: c, login: l,
+		log:     c.log.With("session", s.ids.Add(1)),
+		events:  make(chan struct{}, 1),
+		signals: make(chan unix.Signal, 16),
+	}
+	if reason, err := c.acquire(ss); err != nil {
+		refuse(reason, err.Error())
+		return
+	}
+	defer ss.clientGone()
+	ch, reqs, err := nc.Accept()
+	if err != nil {
+		return
+	}
+	ss.ch, ss.out = ch, &screen{w: ch}
+	for req := range reqs {
+		ok, then := ss.request(req.Type, req.Payload)
+		// A reply that cannot be sent changes nothing: the command has been started, and a
+		// client may well be gone by now.
+		req.Reply(ok, nil)
+		if then != nil {
+			then()
+		}
+	}
+}
+
+// request handles one channel request; then, if not nil, runs after the reply has been sent.
+func (ss *session) request(typ string, payload []byte) (ok bool, then func()) {
+	var err error
+	switch typ {
+	case "pty-req":
+		err = ss.requestPTY(payload)
+	case "window-change":
+		err = ss.requestResize(payload)
+	case "env":
+		err = ss.requestEnv(payload)
+	case "shell":
+		then, err = ss.start(jail.Shell, "")
+	case "exec":
+		var command string
+		if command, err = parseString(payload); err == nil {
+			then, err = ss.start(jail.Exec, command)
+		}
+	case "subsystem":
+		var name string
+		if name, err = parseString(payload); err == nil {
+			then, err = ss.startSubsystem(name)
+		}
+	case "signal":
+		err = ss.requestSignal(payload)
+	case "eow@openssh.com":
+		ss.stopOutput()
+	case "auth-agent-req@openssh.com":
+		err = errors.New("agent forwarding is not available")
+	default:
+		err = errors.New("not available")
+	}
+	if err != nil {
+		level := slog.LevelDebug
+		if typ == "exec" || typ == "shell" || typ == "subsystem" {
+			level = slog.LevelWarn
+		}
+		ss.log.Log(nil, level, "request refused", "type", quoteShort(typ), "err", err)
+	}
+	return err == nil, then
+}
+
+func (ss *session) requestPTY(payload []byte) error {
+	switch {
+	case ss.started:
+		return errors.New("the command is already running")
+	case ss.tty != nil:
+		return errors.New("the session has a terminal already")
+	case !ss.login.key.PTY:
+		return errors.New("the key's options forbid a terminal")
+	case !ss.c.srv.set.PermitTTY:
+		return errors.New("PermitTTY no")
+	}
+	tty, err := parsePTY(payload)
+	if err != nil {
+		return err
+	}
+	ss.tty = tty
+	return nil
+}
+
+// requestResize keeps the latest size until there is a terminal to give it to.
+func (ss *session) requestResize(payload []byte) error {
+	w, err := parseWindow(payload)
+	if err != nil {
+		return err
+	}
+	if ss.tty == nil {
+		return errors.New("no terminal")
+	}
+	ss.tty.Cols, ss.tty.Rows, ss.tty.XPixel, ss.tty.YPixel = w.Cols, w.Rows, w.XPixel, w.YPixel
+	if p := ss.process(); p != nil {
+		return p.Resize(w.Cols, w.Rows, w.XPixel, w.YPixel)
+	}
+	return nil
+}
+
+func (ss *session) requestEnv(payload []byte) error {
+	if ss.started {
+		return errors.New("the command is already running")
+	}
+	if len(ss.env) >= maxEnv || ss.envBytes+len(payload) > maxEnvBytes {
+		return errors.New("too many variables")
+	}
+	v, err := parseEnv(payload, ss.c.srv.set.AcceptEnv)
+	if err != nil {
+		return err
+	}
+	ss.env = append(ss.env, v)
+	ss.envBytes += len(v)
+	return nil
+}
+
+// requestSignal hands the signal to a goroutine of its own; when the client sends them
+// faster than they can be delivered, the surplus is dropped.
+func (ss *session) requestSignal(payload []byte) error {
+	name, err := parseString(payload)
+	if err != nil {
+		return err
+	}
+	sig, ok := signals[name]
+	switch {
+	case !ok:
+		return fmt.Errorf("unknown signal %s", quoteShort(name))
+	case ss.process() == nil:
+		return errors.New("no command is running")
+	case ss.forced:
+		return errors.New("signals are refused to a forced command")
+	}
+	select {
+	case ss.signals <- sig:
+		return nil
+	default:
+		return errors.New("too many signals")
+	}
+}
+
+func (ss *session) process() *jail.Process {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return ss.proc
+}
+
+func (ss *session) startSubsystem(name string) (func(), error) {
+	command, ok := ss.c.srv.subsystem(name)
+	if !ok {
+		return nil, fmt.Errorf("no subsystem %s", quoteShort(name))
+	}
+	return ss.start(jail.Exec, command)
+}
+
+// internalSFTP is the name sshd_config(5) gives the built-in SFTP server.
+const internalSFTP = "internal-sftp"
+
+// subsystem returns the command of a subsystem. sftp is always the built-in server: one in
+// the image is neither needed nor wanted, because it may be missing or of another
+// architecture.
+func (s *server) subsystem(name string) (string, bool) {
+	if name == "sftp" {
+		if c, ok := s.set.Subsystems[name]; !ok || isSFTPServer(c) {
+			return internalSFTP, true
+		}
+	}
+	c, ok := s.set.Subsystems[name]
+	return c, ok
+}
+
+// isSFTPServer recognises internal-sftp and any path to OpenSSH's sftp-server.
+func isSFTPServer(command string) bool {
+	prog, _, _ := strings.Cut(command, " ")
+	return prog == internalSFTP || prog[strings.LastIndexByte(prog, '/')+1:] == "sftp-server"
+}
+
+// start runs the session's one command and returns what to do after the reply.
+func (ss *session) start(kind jail.Kind, command string) (func(), error) {
+	if ss.started {
+		return nil, errors.New("the session has a command already")
+	}
+	set := ss.c.srv.set
+	req := jail.Request{Kind: kind, Command: command, TTY: ss.tty}
+	var original string
+	switch key := ss.login.key; {
+	case set.ForceCommand != "":
+		ss.forced, original, req.Kind, req.Command = true, command, jail.Exec, set.ForceCommand
+	case key.Forced:
+		ss.forced, original, req.Kind, req.Command = true, command, jail.Exec, key.Command
+	}
+	if req.Kind == jail.Exec && req.Command == internalSFTP {
+		req.Kind, req.Command, req.TTY = jail.SFTP, "", nil
+	}
+	req.Env = ss.environment(original)
+	ss.started = true // whatever happens: a channel has one command
+	return ss.spawn(req)
+}
+
+// environment is what the session adds to the jail's own variables; a later entry of the
+// same name replaces an earlier one.
+func (ss *session) environment(original string) []string {
+	set := ss.c.srv.set
+	env := append([]string{}, ss.env...)
+	env = append(env, set.SetEnv...)
+	for _, e := range ss.login.key.Environment {
+		name, _, _ := strings.Cut(e, "=")
+		if p := set.PermitUserEnv; p == "" || strings.EqualFold(p, "yes") || !strings.EqualFold(p, "no") && sshdconf.MatchList(name, p) {
+			env = append(env, e)
+		}
+	}
+	peer, peerPort, _ := net.SplitHostPort(ss.c.RemoteAddr().String())
+	local, localPort, _ := net.SplitHostPort(ss.c.LocalAddr().String())
+	env = append(env,
+		fmt.Sprintf("SSH_CLIENT=%s %s %s", peer, peerPort, localPort),
+		fmt.Sprintf("SSH_CONNECTION=%s %s %s %s", peer, peerPort, local, localPort))
+	if original != "" {
+		env = append(env, "SSH_ORIGINAL_COMMAND="+original)
+	}
+	last := map[string]int{}
+	for i, e := range env {
+		name, _, _ := strings.Cut(e, "=")
+		last[name] = i
+	}
+	unique := env[:0]
+	for i, e := range env {
+		name, _, _ := strings.Cut(e, "=")
+		if last[name] == i {
+			unique = append(unique, e)
+		}
+	}
+	return unique
+}
+
+func (ss *session) spawn(req jail.Request) (func(), error) {
+	var theirs, ours []*os.File
+	closeAll := func(files []*os.File) {
+		for _, f := range files {
+			f.Close()
+		}
+	}
+	if req.TTY == nil {
+		for i, to := range []**os.File{&req.Stdin, &req.Stdout, &req.Stderr} {
+			t, o, err := pipe(i == 0)
+			if err != nil {
+				closeAll(theirs)
+				closeAll(ours)
+				return nil, err
+			}
+			*to, theirs, ours = t, append(theirs, t), append(ours, o)
+		}
+	}
+	proc, err := ss.c.srv.jail.Spawn(req)
+	closeAll(theirs)
+	if err != nil {
+		closeAll(ours)
+		return nil, err
+	}
+	kind := map[jail.Kind]string{jail.Shell: "shell", jail.Exec: "exec", jail.SFTP: "sftp"}[req.Kind]
+	ss.log = ss.log.With("kind", kind, "pty", req.TTY != nil)
+	ss.log.Info("session started", "forced", ss.forced, "command_bytes", len(req.Command))
+	var stdin *os.File
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.proc = proc
+	ss.interactive = req.Kind == jail.Shell && req.TTY != nil
+	if req.TTY != nil {
+		stdin = proc.PTY()
+		ss.files = []*os.File{stdin}
+		ss.pumps = []*pump{newPump(stdin, ss.out, ss.events)}
+	} else {
+		stdin = ours[0]
+		ss.files = ours
+		ss.pumps = []*pump{newPump(ours[1], ss.out, ss.events), newPump(ours[2], ss.ch.Stderr(), ss.events)}
+	}
+	return func() { ss.run(proc, stdin, req.TTY != nil) }, nil
+}
+
+// run starts the goroutines of a running command.
+func (ss *session) run(proc *jail.Process, stdin *os.File, tty bool) {
+	for _, p := range ss.pumps {
+		go p.run()
+	}
+	go func() {
+		defer ss.c.guard("session input")
+		feed(stdin, ss.ch, func() {
+			if ss.c.isOpenSSH() { // the command does not read any more: no need to send
+				ss.ch.SendRequest("eow@openssh.com", false, nil)
+			}
+		})
+		if !tty {
+			stdin.Close() // the client's EOF; a terminal has none
+		}
+	}()
+	ended := make(chan struct{})
+	go func() {
+		for {
+			select {
+			case sig := <-ss.signals:
+				if err := proc.Signal(sig); err != nil {
+					ss.log.Debug("signal", "err", err)
+				}
+			case <-ended:
+				return
+			}
+		}
+	}()
+	go func() {
+		defer ss.c.guard("session end")
+		ss.wait(proc, stdin, tty)
+		close(ended)
+	}()
+}
+
+// ptyLinger is how long the terminal of an ended command may stay open. The kernel hangs it
+// up when the session leader ends, so only a process that opened it anew can hold it.
+const ptyLinger = time.Second
+
+// wait sees the command to its end and the channel after it.
+func (ss *session) wait(proc *jail.Process, stdin *os.File, tty bool) {
+	began := time.Now()
+	exit := proc.Wait()
+	if !tty {
+		stdin.Close()
+	}
+	for !ss.all((*pump).drained) {
+		<-ss.events
+	}
+	told := false
+	if !ss.all(func(p *pump) bool { return p.done.Load() }) {
+		// A background process holds the output open: the command's own end is told now.
+		told = true
+		ss.sendExit(exit)
+		ss.log.Debug("command ended, its output is still held open")
+		var limit <-chan time.Time
+		if tty {
+			limit = time.After(ptyLinger)
+		}
+		for !ss.all(func(p *pump) bool { return p.done.Load() }) {
+			select {
+			case <-ss.events:
+			case <-limit:
+				stdin.Close()
+				limit = nil
+			}
+		}
+	}
+	ss.out.close()
+	ss.ch.CloseWrite()
+	if !told {
+		ss.sendExit(exit)
+	}
+	var sent int64
+	for _, p := range ss.pumps {
+		sent += p.bytes.Load()
+	}
+	attrs := []any{"code", exit.Code, "bytes_out", sent, "ms", time.Since(began).Milliseconds()}
+	if exit.Signal != 0 {
+		attrs = append(attrs, "signal", signalName(exit.Signal), "core", exit.Core)
+	}
+	if exit.Err != nil {
+		attrs = append(attrs, "err", exit.Err)
+	}
+	ss.log.Info("session ended", attrs...)
+	// The slot is free before the client can know that the channel is closed.
+	ss.c.release(ss)
+	ss.ch.Close()
+}
+
+// sendExit tells how the command ended. When that could not be observed nothing is sent:
+// a made-up code would be taken for the command's.
+func (ss *session) sendExit(e jail.Exit) {
+	if e.Err != nil {
+		return
+	}
+	typ, payload := exitRequest(e)
+	ss.ch.SendRequest(typ, false, payload)
+}
+
+func (ss *session) all(is func(*pump) bool) bool {
+	for _, p := range ss.pumps {
+		if !is(p) {
+			return false
+		}
+	}
+	return true
+}
+
+// stopOutput closes our end of the command's standard output: the client reads no more
+// (eow@openssh.com, PROTOCOL of OpenSSH, section 2.1).
+func (ss *session) stopOutput() {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	if len(ss.files) == 3 {
+		ss.files[1].Close()
+	}
+}
+
+// clientGone runs when the channel is closed from the other side or with its connection.
+// A terminal is hung up; without one the pipes close and the command runs on.
+func (ss *session) clientGone() {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.gone = true
+	for _, f := range ss.files {
+		f.Close()
+	}
+	ss.c.release(ss)
+}
+
+// hangUp ends a session on a terminal from our side, with a line that says why.
+func (ss *session) hangUp(why string) {
+	ss.mu.Lock()
+	tty := len(ss.files) == 1
+	files := ss.files
+	ss.mu.Unlock()
+	if !tty {
+		return
+	}
+	told := make(chan struct{})
+	go func() {
+		fmt.Fprintf(ss.out, "\r\n%s\r\n", why)
+		close(told)
+	}()
+	select {
+	case <-told:
+	case <-time.After(100 * time.Millisecond): // the client does not read; it must not hold the job up
+	}
+	files[0].Close()
+}
+
+// busy reports whether the session runs something that is not a person's shell.
+func (ss *session) busy() bool {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return ss.proc != nil && !ss.interactive
+}

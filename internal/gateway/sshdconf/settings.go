@@ -1,0 +1,486 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sshdconf
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// RootLogin is the value of PermitRootLogin.
+type RootLogin int
+
+// Values of PermitRootLogin; with public keys only, "yes" and "prohibit-password" are the
+// same thing.
+const (
+	RootYes RootLogin = iota
+	RootForcedCommandsOnly
+	RootNo
+)
+
+// Settings are the values this server acts on, defaults filled in. Times are durations,
+// 0 means off; sizes are counts.
+type Settings struct {
+	Ports               []int
+	ListenAddresses     []string // "host" or "host:port" as net.SplitHostPort reads it; empty: every address
+	AddressFamily       string   // any, inet, inet6
+	HostKeys            []string // paths
+	HostCertificates    []string
+	LogLevel            *slog.Level
+	LoginGraceTime      time.Duration
+	MaxAuthTries        int
+	MaxSessions         int // per connection
+	MaxStartups         int // unauthenticated connections at a time
+	PermitRootLogin     RootLogin
+	PubkeyAuth          bool
+	AuthorizedKeysFiles []string
+	AllowUsers          []string
+	DenyUsers           []string
+	AllowGroups         []string
+	DenyGroups          []string
+	PermitTTY           bool
+	PermitUserEnv       string // "no", "yes" or a pattern list; empty: not set
+	AcceptEnv           []string
+	SetEnv              []string // NAME=value
+	ForceCommand        string
+	ChrootDirectory     string
+	Subsystems          map[string]string
+	Banner              string // path
+	PrintMotd           bool
+	PrintLastLog        bool
+	TCPKeepAlive        bool
+	AgentForwarding     bool
+	TCPForwarding       string // yes, no, local, remote
+	StreamLocal         string // the same for Unix sockets
+	PermitOpen          []string
+	PermitListen        []string
+	GatewayPorts        string
+	DisableForwarding   bool
+	ClientAliveInterval time.Duration
+	ClientAliveCountMax int
+	Ciphers             string // lists as written, with an optional leading +, - or ^
+	MACs                string
+	KexAlgorithms       string
+	PubkeyAlgorithms    string
+	RequiredRSASize     int // bits
+
+	// Ignored are the keywords that were understood and have no effect here.
+	Ignored []string
+}
+
+func defaults() *Settings {
+	return &Settings{
+		AddressFamily:       "any",
+		LoginGraceTime:      120 * time.Second,
+		MaxAuthTries:        6,
+		MaxSessions:         1000,
+		MaxStartups:         1000,
+		PubkeyAuth:          true,
+		AuthorizedKeysFiles: []string{"/etc/cray/ims/authorized_keys"},
+		PermitTTY:           true,
+		Subsystems:          map[string]string{},
+		PrintMotd:           true,
+		PrintLastLog:        true,
+		TCPKeepAlive:        true,
+		AgentForwarding:     true,
+		TCPForwarding:       "yes",
+		StreamLocal:         "yes",
+		GatewayPorts:        "no",
+		ClientAliveCountMax: 3,
+		RequiredRSASize:     1024,
+	}
+}
+
+// keyword is one line of the table: parse checks the arguments and returns what to do if
+// the directive wins.
+type keyword struct {
+	list  bool // several directives add up
+	match bool // may stand in a Match block
+	parse func(args []string) (func(*Settings), error)
+}
+
+var errArgs = errors.New("extra arguments at end of line")
+
+func one(args []string) (string, error) {
+	if len(args) != 1 {
+		return "", errArgs
+	}
+	return args[0], nil
+}
+
+func yesno(field func(*Settings) *bool) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		v, err := choice(args, "yes", "no")
+		return func(s *Settings) { *field(s) = v == "yes" }, err
+	}
+}
+
+func choice(args []string, values ...string) (string, error) {
+	a, err := one(args)
+	if err != nil {
+		return "", err
+	}
+	for _, v := range values {
+		if strings.EqualFold(a, v) {
+			return v, nil
+		}
+	}
+	return "", fmt.Errorf("unsupported option %q: use one of %s", a, strings.Join(values, ", "))
+}
+
+func oneOf(field func(*Settings) *string, values ...string) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		v, err := choice(args, values...)
+		return func(s *Settings) { *field(s) = v }, err
+	}
+}
+
+func number(field func(*Settings) *int, lo int) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		if err != nil {
+			return nil, err
+		}
+		n, err := atoi(a, lo, math.MaxInt32)
+		return func(s *Settings) { *field(s) = n }, err
+	}
+}
+
+func duration(field func(*Settings) *time.Duration) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		if err != nil {
+			return nil, err
+		}
+		d, err := parseTime(a)
+		return func(s *Settings) { *field(s) = d }, err
+	}
+}
+
+func text(field func(*Settings) *string) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		return func(s *Settings) { *field(s) = a }, err
+	}
+}
+
+// path is a file name; "none" means no file.
+func path(field func(*Settings) *string) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		if strings.EqualFold(a, "none") {
+			a = ""
+		}
+		return func(s *Settings) { *field(s) = a }, err
+	}
+}
+
+func words(field func(*Settings) *[]string) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		return func(s *Settings) { *field(s) = append(*field(s), args...) }, nil
+	}
+}
+
+// replace is words for a list with a default.
+func replace(field func(*Settings) *[]string) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		return func(s *Settings) { *field(s) = args }, nil
+	}
+}
+
+func onePath(field func(*Settings) *[]string) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		return func(s *Settings) { *field(s) = append(*field(s), a) }, err
+	}
+}
+
+// refuse accepts only the value that asks for nothing.
+func refuse(neutral, instead string) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		if len(args) == 1 && strings.EqualFold(args[0], neutral) {
+			return func(*Settings) {}, nil
+		}
+		return nil, fmt.Errorf("not supported by this server: %s", instead)
+	}
+}
+
+// keywords holds every keyword of sshd_config(5) of OpenSSH 9.x in lower case; those with
+// a nil parse are accepted and have no effect.
+var keywords = map[string]keyword{
+	"port": {list: true, parse: func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		if err != nil {
+			return nil, err
+		}
+		n, err := atoi(a, 1, 65535)
+		return func(s *Settings) { s.Ports = append(s.Ports, n) }, err
+	}},
+	"listenaddress":   {list: true, parse: parseListen},
+	"addressfamily":   {parse: oneOf(func(s *Settings) *string { return &s.AddressFamily }, "any", "inet", "inet6")},
+	"hostkey":         {list: true, parse: onePath(func(s *Settings) *[]string { return &s.HostKeys })},
+	"hostcertificate": {list: true, parse: onePath(func(s *Settings) *[]string { return &s.HostCertificates })},
+	"loglevel": {match: true, parse: func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		if err != nil {
+			return nil, err
+		}
+		l, ok := logLevels[strings.ToUpper(a)]
+		if !ok {
+			return nil, fmt.Errorf("unsupported log level %q", a)
+		}
+		return func(s *Settings) { s.LogLevel = &l }, nil
+	}},
+	"logingracetime": {parse: duration(func(s *Settings) *time.Duration { return &s.LoginGraceTime })},
+	"maxauthtries":   {match: true, parse: number(func(s *Settings) *int { return &s.MaxAuthTries }, 1)},
+	"maxsessions":    {match: true, parse: number(func(s *Settings) *int { return &s.MaxSessions }, 0)},
+	"maxstartups":    {parse: parseStartups},
+	"permitrootlogin": {match: true, parse: func(args []string) (func(*Settings), error) {
+		a, err := choice(args, "yes", "no", "prohibit-password", "without-password", "forced-commands-only")
+		v := map[string]RootLogin{"no": RootNo, "forced-commands-only": RootForcedCommandsOnly}[a]
+		return func(s *Settings) { s.PermitRootLogin = v }, err
+	}},
+	"pubkeyauthentication":  {match: true, parse: yesno(func(s *Settings) *bool { return &s.PubkeyAuth })},
+	"authorizedkeysfile":    {match: true, parse: replace(func(s *Settings) *[]string { return &s.AuthorizedKeysFiles })},
+	"allowusers":            {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.AllowUsers })},
+	"denyusers":             {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.DenyUsers })},
+	"allowgroups":           {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.AllowGroups })},
+	"denygroups":            {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.DenyGroups })},
+	"permittty":             {match: true, parse: yesno(func(s *Settings) *bool { return &s.PermitTTY })},
+	"permituserenvironment": {parse: text(func(s *Settings) *string { return &s.PermitUserEnv })},
+	"acceptenv":             {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.AcceptEnv })},
+	"setenv": {match: true, parse: func(args []string) (func(*Settings), error) {
+		for _, a := range args {
+			if n, _, ok := strings.Cut(a, "="); !ok || n == "" {
+				return nil, fmt.Errorf("invalid environment %q: want NAME=value", a)
+			}
+		}
+		return func(s *Settings) { s.SetEnv = args }, nil
+	}},
+	"forcecommand": {match: true, parse: func(args []string) (func(*Settings), error) {
+		c := strings.Join(args, " ")
+		if strings.EqualFold(c, "none") {
+			c = ""
+		}
+		return func(s *Settings) { s.ForceCommand = c }, nil
+	}},
+	"chrootdirectory": {match: true, parse: path(func(s *Settings) *string { return &s.ChrootDirectory })},
+	"subsystem": {list: true, match: true, parse: func(args []string) (func(*Settings), error) {
+		if len(args) < 2 {
+			return nil, errors.New("missing subsystem command")
+		}
+		return func(s *Settings) {
+			if _, dup := s.Subsystems[args[0]]; !dup {
+				s.Subsystems[args[0]] = strings.Join(args[1:], " ")
+			}
+		}, nil
+	}},
+	"banner":                     {match: true, parse: path(func(s *Settings) *string { return &s.Banner })},
+	"printmotd":                  {parse: yesno(func(s *Settings) *bool { return &s.PrintMotd })},
+	"printlastlog":               {parse: yesno(func(s *Settings) *bool { return &s.PrintLastLog })},
+	"tcpkeepalive":               {parse: yesno(func(s *Settings) *bool { return &s.TCPKeepAlive })},
+	"allowagentforwarding":       {match: true, parse: yesno(func(s *Settings) *bool { return &s.AgentForwarding })},
+	"allowtcpforwarding":         {match: true, parse: parseForwarding(func(s *Settings) *string { return &s.TCPForwarding })},
+	"allowstreamlocalforwarding": {match: true, parse: parseForwarding(func(s *Settings) *string { return &s.StreamLocal })},
+	"permitopen":                 {match: true, parse: replace(func(s *Settings) *[]string { return &s.PermitOpen })},
+	"permitlisten":               {match: true, parse: replace(func(s *Settings) *[]string { return &s.PermitListen })},
+	"gatewayports":               {match: true, parse: oneOf(func(s *Settings) *string { return &s.GatewayPorts }, "yes", "no", "clientspecified")},
+	"disableforwarding":          {match: true, parse: yesno(func(s *Settings) *bool { return &s.DisableForwarding })},
+	"clientaliveinterval":        {match: true, parse: duration(func(s *Settings) *time.Duration { return &s.ClientAliveInterval })},
+	"clientalivecountmax":        {match: true, parse: number(func(s *Settings) *int { return &s.ClientAliveCountMax }, 0)},
+	"ciphers":                    {parse: text(func(s *Settings) *string { return &s.Ciphers })},
+	"macs":                       {parse: text(func(s *Settings) *string { return &s.MACs })},
+	"kexalgorithms":              {parse: text(func(s *Settings) *string { return &s.KexAlgorithms })},
+	"pubkeyacceptedalgorithms":   {match: true, parse: text(func(s *Settings) *string { return &s.PubkeyAlgorithms })},
+	"pubkeyacceptedkeytypes":     {match: true, parse: text(func(s *Settings) *string { return &s.PubkeyAlgorithms })},
+	"requiredrsasize":            {match: true, parse: number(func(s *Settings) *int { return &s.RequiredRSASize }, 0)},
+	"authenticationmethods": {match: true, parse: func(args []string) (func(*Settings), error) {
+		for _, a := range args {
+			if !strings.EqualFold(a, "any") && !strings.EqualFold(a, "publickey") {
+				return nil, fmt.Errorf("unsupported method list %q: this server authenticates by public key only", a)
+			}
+		}
+		return func(*Settings) {}, nil
+	}},
+	// Ignoring these would let somebody in whom the file keeps out.
+	"revokedkeys":       {match: true, parse: refuse("none", "remove the keys from the authorized_keys file")},
+	"refuseconnection":  {match: true, parse: refuse("no", "use DenyUsers")},
+	"pubkeyauthoptions": {match: true, parse: refuse("none", "touch is required anyway; verify-required cannot be checked")},
+
+	"match":   {match: true},
+	"include": {match: true},
+
+	// Without effect here. True: allowed in a Match block (SSHCFG_ALL in servconf.c).
+	"authorizedkeyscommand":           {match: true},
+	"authorizedkeyscommanduser":       {match: true},
+	"authorizedprincipalscommand":     {match: true},
+	"authorizedprincipalscommanduser": {match: true},
+	"authorizedprincipalsfile":        {match: true},
+	"casignaturealgorithms":           {match: true},
+	"challengeresponseauthentication": {match: true},
+	"channeltimeout":                  {match: true},
+	"checkmail":                       {},
+	"compression":                     {},
+	"dsaauthentication":               {},
+	"exposeauthinfo":                  {match: true},
+	"fingerprinthash":                 {},
+	"gssapiauthentication":            {match: true},
+	"gssapicleanupcredentials":        {},
+	"gssapienablek5users":             {match: true},
+	"gssapikeyexchange":               {},
+	"gssapistorecredentialsonrekey":   {},
+	"gssapistrictacceptorcheck":       {},
+	"hostbasedacceptedalgorithms":     {match: true},
+	"hostbasedacceptedkeytypes":       {match: true},
+	"hostbasedauthentication":         {match: true},
+	"hostbasedusesnamefrompacketonly": {match: true},
+	"hostkeyagent":                    {},
+	"hostkeyalgorithms":               {},
+	"ignorerhosts":                    {match: true},
+	"ignoreuserknownhosts":            {},
+	"ipqos":                           {match: true},
+	"kbdinteractiveauthentication":    {match: true},
+	"kerberosauthentication":          {match: true},
+	"kerberosgetafstoken":             {},
+	"kerberosorlocalpasswd":           {},
+	"kerberosticketcleanup":           {},
+	"keyregenerationinterval":         {},
+	"logverbose":                      {match: true},
+	"modulifile":                      {},
+	"passwordauthentication":          {match: true},
+	"permitemptypasswords":            {match: true},
+	"permituserrc":                    {match: true},
+	"persourcemaxstartups":            {},
+	"persourcenetblocksize":           {},
+	"persourcepenalties":              {},
+	"persourcepenaltyexemptlist":      {},
+	"pidfile":                         {},
+	"protocol":                        {},
+	"rdomain":                         {match: true},
+	"rekeylimit":                      {match: true},
+	"rhostsrsaauthentication":         {match: true},
+	"rsaauthentication":               {},
+	"securitykeyprovider":             {},
+	"serverkeybits":                   {},
+	"showpatchlevel":                  {},
+	"skeyauthentication":              {},
+	"sshdauthpath":                    {},
+	"sshdsessionpath":                 {},
+	"streamlocalbindmask":             {match: true},
+	"streamlocalbindunlink":           {match: true},
+	"strictmodes":                     {},
+	"syslogfacility":                  {},
+	"trustedusercakeys":               {match: true},
+	"unusedconnectiontimeout":         {match: true},
+	"usedns":                          {},
+	"uselogin":                        {},
+	"usepam":                          {},
+	"useprivilegeseparation":          {},
+	"verifyreversemapping":            {},
+	"versionaddendum":                 {},
+	"x11displayoffset":                {match: true},
+	"x11forwarding":                   {match: true},
+	"x11uselocalhost":                 {match: true},
+	"xauthlocation":                   {},
+}
+
+var logLevels = map[string]slog.Level{
+	"QUIET": slog.LevelError, "FATAL": slog.LevelError, "ERROR": slog.LevelError,
+	"INFO": slog.LevelInfo, "VERBOSE": slog.LevelInfo,
+	"DEBUG": slog.LevelDebug, "DEBUG1": slog.LevelDebug, "DEBUG2": slog.LevelDebug, "DEBUG3": slog.LevelDebug,
+}
+
+func parseForwarding(field func(*Settings) *string) func([]string) (func(*Settings), error) {
+	return func(args []string) (func(*Settings), error) {
+		v, err := choice(args, "yes", "no", "all", "local", "remote")
+		if v == "all" {
+			v = "yes"
+		}
+		return func(s *Settings) { *field(s) = v }, err
+	}
+}
+
+// parseListen accepts host, host:port, [v6], [v6]:port and a bare v6 address.
+func parseListen(args []string) (func(*Settings), error) {
+	if len(args) == 3 && strings.EqualFold(args[1], "rdomain") {
+		return nil, errors.New("rdomain is not supported by this server")
+	}
+	a, err := one(args)
+	if err != nil {
+		return nil, err
+	}
+	host, port := strings.Trim(a, "[]"), ""
+	if net.ParseIP(host) == nil && strings.Contains(a, ":") {
+		if host, port, err = net.SplitHostPort(a); err != nil {
+			return nil, fmt.Errorf("bad address %q: %w", a, err)
+		}
+	}
+	if host == "*" {
+		host = ""
+	}
+	if port != "" {
+		if _, err := atoi(port, 1, 65535); err != nil {
+			return nil, fmt.Errorf("bad port in %q: %w", a, err)
+		}
+		host = net.JoinHostPort(host, port)
+	}
+	return func(s *Settings) { s.ListenAddresses = append(s.ListenAddresses, host) }, nil
+}
+
+// parseStartups reads "full" or "start:rate:full". This server has no random early drop:
+// only the last number counts.
+func parseStartups(args []string) (func(*Settings), error) {
+	a, err := one(args)
+	if err != nil {
+		return nil, err
+	}
+	parts := strings.Split(a, ":")
+	if len(parts) != 1 && len(parts) != 3 {
+		return nil, fmt.Errorf("invalid specification %q: want NUMBER or START:RATE:FULL", a)
+	}
+	var n int
+	for _, p := range parts {
+		if n, err = atoi(p, 1, math.MaxInt32); err != nil {
+			return nil, err
+		}
+	}
+	return func(s *Settings) { s.MaxStartups = n }, nil
+}
+
+// parseTime reads the time formats of sshd_config(5): seconds, or numbers with s, m, h, d,
+// w added up.
+func parseTime(s string) (time.Duration, error) {
+	bad := fmt.Errorf("invalid time value %q: want seconds or a sum such as 1h30m", s)
+	units := map[byte]int64{'s': 1, 'm': 60, 'h': 3600, 'd': 86400, 'w': 604800}
+	var total int64
+	for rest := s; ; {
+		i := 0
+		for i < len(rest) && rest[i] >= '0' && rest[i] <= '9' {
+			i++
+		}
+		n, err := strconv.ParseInt(rest[:i], 10, 32)
+		if err != nil {
+			return 0, bad
+		}
+		unit := int64(1)
+		if i < len(rest) {
+			var ok bool
+			if unit, ok = units[rest[i]|0x20]; !ok {
+				return 0, bad
+			}
+			i++
+		}
+		if total += n * unit; total > math.MaxInt32 {
+			return 0, bad
+		}
+		if rest = rest[i:]; rest == "" {
+			return time.Duration(total) * time.Second, nil
+		}
+	}
+}
