@@ -77,11 +77,14 @@ type duplicates struct {
 // find returns the record of an earlier file with the content of f and true,
 // or a new record to be filled in.
 func (d *duplicates) find(ctx context.Context, f *openFile) (*layoutRecord, bool, error) {
-	_, first, err := d.readBlock(f, 0)
+	key := firstBlock{size: f.size} // a digest of zeroes stands for a hole
+	next, err := f.nextData(0, int64(d.p.w.opt.BlockSize))
+	if err == nil && next == 0 {
+		_, key.digest, err = d.readBlock(f, 0)
+	}
 	if err != nil {
 		return nil, false, err
 	}
-	key := firstBlock{f.size, first}
 	if earlier := d.seen[key]; len(earlier) > 0 {
 		sum, err := d.readAll(ctx, f)
 		if err != nil {
