@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package s3test runs a real S3 server, versitygw, for tests. The server takes
+// the process's working directory and cannot run twice in one process, so it
+// lives in a child: the test binary executed again. A test package that uses it
+// calls ChildMain first thing in TestMain. It is no server for anything but
+// tests: its keys are in this file.
+package s3test
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/versity/versitygw/backend/meta"
+	"github.com/versity/versitygw/backend/posix"
+	"github.com/versity/versitygw/embedgw"
+	"github.com/versity/versitygw/s3api"
+)
+
+const childArg = "s3test-child"
+
+// AccessKey and SecretKey are the server's only account.
+const (
+	AccessKey = "s3test-access"
+	SecretKey = "s3test-secret"
+)
+
+// Server is a running S3 server with one bucket.
+type Server struct {
+	Endpoint string // http://127.0.0.1:port
+	Bucket   string
+	Dir      string // bucket directories with the objects as files
+
+	cmd   *exec.Cmd
+	stdin io.Closer
+}
+
+// ChildMain serves S3 and exits when this process is the child; otherwise it
+// returns at once.
+func ChildMain() {
+	if len(os.Args) != 4 || os.Args[1] != childArg {
+		return
+	}
+	if err := serve(os.Args[2], os.Args[3]); err != nil {
+		fmt.Fprintln(os.Stderr, "s3test:", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func serve(dir, addr string) error {
+	// The parent's death closes our stdin: no orphan stays behind.
+	ctx, stop := context.WithCancel(context.Background())
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		stop()
+		os.Exit(0)
+	}()
+	if err := (meta.XattrMeta{}).Test(dir); err != nil {
+		return fmt.Errorf("user xattrs in %s: %w", dir, err)
+	}
+	be, err := posix.New(dir, meta.XattrMeta{}, posix.PosixOpts{CopyObjectThreshold: 5 << 30, Concurrency: 64})
+	if err != nil {
+		return err
+	}
+	return embedgw.RunVersityGW(ctx, be, &embedgw.Config{
+		RootUserAccess: AccessKey, RootUserSecret: SecretKey, Region: "us-east-1",
+		Ports: []string{addr}, MaxConnections: 256, MaxRequests: 256, MultipartMaxParts: 10000,
+		Quiet: true, KeepAlive: true,
+		S3Options: []s3api.Option{s3api.WithOnListen(func() { fmt.Println("listening") })},
+	})
+}
+
+// Start runs a server until the test ends. Its data lies on the file system of
+// the temporary directory, which must have user xattrs.
+func Start(t testing.TB) *Server {
+	t.Helper()
+	dir := t.TempDir()
+	s := &Server{Bucket: "boot-images", Dir: dir}
+	if err := os.Mkdir(filepath.Join(dir, s.Bucket), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for try := 0; ; try++ {
+		addr := freeAddr(t)
+		err := s.start(self, addr)
+		if err == nil {
+			s.Endpoint = "http://" + addr
+			break
+		}
+		if try == 2 { // somebody took the port in between, three times
+			t.Fatalf("start the S3 server: %v (does TestMain call s3test.ChildMain?)", err)
+		}
+	}
+	t.Cleanup(s.Kill)
+	return s
+}
+
+func (s *Server) start(self, addr string) error {
+	s.cmd = exec.Command(self, childArg, s.Dir, addr)
+	var stderr strings.Builder
+	s.cmd.Stderr = &stderr
+	stdin, err := s.cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	stdout, err := s.cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := s.cmd.Start(); err != nil {
+		return err
+	}
+	s.stdin = stdin
+	lines := bufio.NewScanner(stdout)
+	for lines.Scan() {
+		if lines.Text() == "listening" {
+			go io.Copy(io.Discard, stdout)
+			return nil
+		}
+	}
+	stdin.Close()
+	return fmt.Errorf("%v: %s", s.cmd.Wait(), stderr.String())
+}
+
+// Kill ends the server at once, as a crash would. The data stays until the
+// test ends. A second Kill does nothing.
+func (s *Server) Kill() {
+	if s.cmd == nil {
+		return
+	}
+	s.cmd.Process.Kill()
+	s.cmd.Wait()
+	s.stdin.Close()
+	s.cmd = nil
+}
+
+func freeAddr(t testing.TB) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}

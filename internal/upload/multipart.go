@@ -1,0 +1,363 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upload
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/md5"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"golang.org/x/sync/errgroup"
+)
+
+// Object is something to store.
+type Object struct {
+	Key      string
+	Body     io.ReaderAt // read more than once; must not change
+	Size     int64
+	MD5      string            // hex digest of the whole body; "" lets Put compute it
+	Metadata map[string]string // values may be any text; "md5sum" is added by Put
+	Progress func(n int64)     // n more bytes are acknowledged; nil for none; calls may overlap
+}
+
+// afterwards is the context for cleaning up after a failure: bounded, and
+// shorter when the caller's is gone already, since then the process has been
+// told to end and may not have long.
+func afterwards(ctx context.Context) (context.Context, context.CancelFunc) {
+	d := time.Minute
+	if ctx.Err() != nil {
+		d = 8 * time.Second
+	}
+	return context.WithTimeout(context.WithoutCancel(ctx), d)
+}
+
+// Put stores an object and returns what HEAD says about it afterwards. On
+// error no multipart upload of it is left behind; the object itself may exist
+// when the store completed it without our learning so in time.
+func (s *S3) Put(ctx context.Context, o Object) (Info, error) {
+	if o.MD5 == "" {
+		sum, err := md5Of(ctx, o.Body, o.Size)
+		if err != nil {
+			return Info{}, fmt.Errorf("read %s: %w", s.URL(o.Key), err)
+		}
+		o.MD5 = sum
+	}
+	meta, err := encodeMetadata(o.Metadata, o.MD5)
+	if err != nil {
+		return Info{}, fmt.Errorf("upload %s: %w", s.URL(o.Key), err)
+	}
+	if o.Progress == nil {
+		o.Progress = func(int64) {}
+	}
+	if o.Size <= s.partSize {
+		err = s.putSingle(ctx, o, meta)
+	} else {
+		err = s.putParts(ctx, o, meta)
+	}
+	if err != nil {
+		return Info{}, err
+	}
+	info, err := s.Head(ctx, o.Key)
+	if err != nil {
+		return Info{}, fmt.Errorf("verify the upload: %w", err)
+	}
+	if !matches(info, o) {
+		return Info{}, fmt.Errorf("verify the upload: %s has %d bytes and md5sum %q, sent were %d bytes and %q; check that nothing else writes to bucket %s",
+			s.URL(o.Key), info.Size, info.Metadata["md5sum"], o.Size, o.MD5, s.bucket)
+	}
+	return info, nil
+}
+
+func matches(info Info, o Object) bool {
+	return info.Size == o.Size && info.Metadata["md5sum"] == o.MD5
+}
+
+// landed reports whether a request whose answer was an error did its work.
+func (s *S3) landed(ctx context.Context, o Object) bool {
+	out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &s.bucket, Key: &o.Key})
+	return err == nil && matches(Info{Size: aws.ToInt64(out.ContentLength), Metadata: out.Metadata}, o)
+}
+
+func (s *S3) putSingle(ctx context.Context, o Object, meta map[string]string) error {
+	sum, err := hex.DecodeString(o.MD5)
+	if err != nil {
+		return fmt.Errorf("upload %s: MD5 %q is not hexadecimal", s.URL(o.Key), o.MD5)
+	}
+	err = s.retry(ctx, "upload "+s.URL(o.Key), func(ctx context.Context) error {
+		_, err := s.client.PutObject(ctx, &s3.PutObjectInput{
+			Bucket: &s.bucket, Key: &o.Key, Metadata: meta, ContentType: aws.String(contentType),
+			ContentMD5: aws.String(base64.StdEncoding.EncodeToString(sum)), ContentLength: aws.Int64(o.Size),
+			Body: bodyOf(o, 0, o.Size),
+		})
+		return err
+	})
+	if err == nil {
+		o.Progress(o.Size)
+	}
+	return err
+}
+
+// bodyOf is a part as a body the SDK can rewind. Empty bodies must be of a type
+// net/http knows to be empty, or it would send them chunked.
+func bodyOf(o Object, off, n int64) io.ReadSeeker {
+	if n == 0 {
+		return bytes.NewReader(nil)
+	}
+	return io.NewSectionReader(o.Body, off, n)
+}
+
+// partSizeFor grows the part size with the object so that 10,000 parts hold it.
+func partSizeFor(size, smallest int64) (int64, error) {
+	const step = 1 << 20
+	need := (size + maxParts - 1) / maxParts
+	need = (need + step - 1) / step * step
+	if need > maxPartSize {
+		return 0, fmt.Errorf("%d bytes is more than an S3 object can hold (10,000 parts of 5 GiB)", size)
+	}
+	return max(need, smallest), nil
+}
+
+func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (err error) {
+	op := "upload " + s.URL(o.Key)
+	size, err := partSizeFor(o.Size, s.partSize)
+	if err != nil {
+		return fmt.Errorf("%s: %w", op, err)
+	}
+	id, err := s.begin(ctx, o.Key, meta)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			s.abort(ctx, o.Key, id)
+		}
+	}()
+	count := int((o.Size + size - 1) / size)
+	parts := make([]types.CompletedPart, count)
+	for i := range parts {
+		parts[i].PartNumber = aws.Int32(int32(i + 1))
+	}
+	if err := s.sendParts(ctx, o, id, size, parts, func(int) bool { return true }); err != nil {
+		return err
+	}
+	err = s.complete(ctx, o, id, parts)
+	var se *Error
+	if errors.As(err, &se) && se.Code == "InvalidPart" {
+		// A part's late first try may have replaced the acknowledged one.
+		var stored map[int32]string
+		if stored, err = s.storedParts(ctx, o.Key, id); err != nil {
+			return err
+		}
+		s.log.Warn("the store has other parts than it acknowledged; sending those again", "object", s.URL(o.Key))
+		err = s.sendParts(ctx, o, id, size, parts, func(i int) bool { return stored[int32(i+1)] != unquote(aws.ToString(parts[i].ETag)) })
+		if err != nil {
+			return err
+		}
+		err = s.complete(ctx, o, id, parts)
+	}
+	return err
+}
+
+func (s *S3) begin(ctx context.Context, key string, meta map[string]string) (string, error) {
+	var id string
+	err := s.retry(ctx, "begin the upload of "+s.URL(key), func(ctx context.Context) error {
+		out, err := s.client.CreateMultipartUpload(ctx, &s3.CreateMultipartUploadInput{
+			Bucket: &s.bucket, Key: &key, Metadata: meta, ContentType: aws.String(contentType),
+		})
+		if err != nil {
+			return err
+		}
+		id = aws.ToString(out.UploadId)
+		return nil
+	})
+	if err == nil && id == "" {
+		err = fmt.Errorf("begin the upload of %s: the store gave no upload id; check that S3_ENDPOINT is an S3 store", s.URL(key))
+	}
+	return id, err
+}
+
+// sendParts uploads the wanted parts, a few at a time, and notes their ETags.
+func (s *S3) sendParts(ctx context.Context, o Object, id string, size int64, parts []types.CompletedPart, want func(i int) bool) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(s.parallel)
+	for i := range parts {
+		if !want(i) {
+			continue
+		}
+		if gctx.Err() != nil {
+			break
+		}
+		g.Go(func() error {
+			off := int64(i) * size
+			n := min(size, o.Size-off)
+			etag, err := s.sendPart(gctx, o, id, int32(i+1), off, n)
+			if err != nil {
+				return err
+			}
+			parts[i].ETag = &etag
+			o.Progress(n)
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return context.Cause(ctx) // set when the loop ended before any part noticed
+}
+
+func (s *S3) sendPart(ctx context.Context, o Object, id string, number int32, off, n int64) (string, error) {
+	h := md5.New()
+	if _, err := io.Copy(h, io.NewSectionReader(o.Body, off, n)); err != nil {
+		return "", fmt.Errorf("read part %d of %s: %w", number, s.URL(o.Key), err)
+	}
+	sum := base64.StdEncoding.EncodeToString(h.Sum(nil))
+	var etag string
+	err := s.retry(ctx, fmt.Sprintf("upload part %d of %s", number, s.URL(o.Key)), func(ctx context.Context) error {
+		out, err := s.client.UploadPart(ctx, &s3.UploadPartInput{
+			Bucket: &s.bucket, Key: &o.Key, UploadId: &id, PartNumber: &number,
+			ContentMD5: &sum, ContentLength: &n, Body: bodyOf(o, off, n),
+		})
+		if err != nil {
+			return err
+		}
+		etag = aws.ToString(out.ETag)
+		return nil
+	})
+	return etag, err
+}
+
+// complete assembles the parts. Whatever the answer, the object decides.
+func (s *S3) complete(ctx context.Context, o Object, id string, parts []types.CompletedPart) error {
+	return s.retry(ctx, "complete the upload of "+s.URL(o.Key), func(ctx context.Context) error {
+		_, err := s.client.CompleteMultipartUpload(withPatience(ctx, completePatience), &s3.CompleteMultipartUploadInput{
+			Bucket: &s.bucket, Key: &o.Key, UploadId: &id,
+			MultipartUpload: &types.CompletedMultipartUpload{Parts: parts},
+		})
+		if err != nil && ctx.Err() == nil && code(err) != "InvalidPart" && s.landed(ctx, o) {
+			s.log.Warn("the store reported an error for an upload it has completed", "object", s.URL(o.Key), "error", code(err))
+			return nil
+		}
+		return err
+	})
+}
+
+func (s *S3) storedParts(ctx context.Context, key, id string) (map[int32]string, error) {
+	stored := map[int32]string{}
+	var marker *string
+	for {
+		var out *s3.ListPartsOutput
+		err := s.retry(ctx, "list the parts of "+s.URL(key), func(ctx context.Context) (err error) {
+			out, err = s.client.ListParts(ctx, &s3.ListPartsInput{Bucket: &s.bucket, Key: &key, UploadId: &id, PartNumberMarker: marker})
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range out.Parts {
+			stored[aws.ToInt32(p.PartNumber)] = unquote(aws.ToString(p.ETag))
+		}
+		if !aws.ToBool(out.IsTruncated) || out.NextPartNumberMarker == nil || aws.ToString(out.NextPartNumberMarker) == aws.ToString(marker) {
+			return stored, nil
+		}
+		marker = out.NextPartNumberMarker
+	}
+}
+
+// abort gives an upload's parts back, whatever happened to ctx.
+func (s *S3) abort(ctx context.Context, key, id string) {
+	ctx, cancel := afterwards(ctx)
+	defer cancel()
+	err := s.retry(ctx, "abort the upload of "+s.URL(key), func(ctx context.Context) error {
+		_, err := s.client.AbortMultipartUpload(ctx, &s3.AbortMultipartUploadInput{Bucket: &s.bucket, Key: &key, UploadId: &id})
+		if c := code(err); c == "NoSuchUpload" || c == "NoSuchKey" {
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		s.log.Error("a multipart upload could not be aborted and keeps its space in the store; abort it by hand",
+			"object", s.URL(key), "upload", id, "error", err)
+	}
+}
+
+// AbortUploads aborts every unfinished multipart upload below prefix. Stores
+// disagree about paging markers, so it lists the first page again and again
+// until that is empty or stops changing.
+func (s *S3) AbortUploads(ctx context.Context, prefix string) error {
+	seen := map[string]bool{}
+	for {
+		var page *s3.ListMultipartUploadsOutput
+		err := s.retry(ctx, "list unfinished uploads below "+s.URL(prefix), func(ctx context.Context) (err error) {
+			page, err = s.client.ListMultipartUploads(ctx, &s3.ListMultipartUploadsInput{Bucket: &s.bucket, Prefix: &prefix})
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		fresh := 0
+		for _, u := range page.Uploads {
+			if id := aws.ToString(u.UploadId); !seen[id] {
+				seen[id] = true
+				fresh++
+				s.log.Info("aborting an unfinished upload", "object", s.URL(aws.ToString(u.Key)))
+				s.abort(ctx, aws.ToString(u.Key), id)
+			}
+		}
+		if fresh == 0 {
+			return nil
+		}
+	}
+}
+
+// copyParts copies an object too large for CopyObject, in closed ranges.
+func (s *S3) copyParts(ctx context.Context, source, to string, info Info) (err error) {
+	size, err := partSizeFor(info.Size, 1<<30)
+	if err != nil {
+		return fmt.Errorf("copy to %s: %w", s.URL(to), err)
+	}
+	id, err := s.begin(ctx, to, info.Metadata)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			s.abort(ctx, to, id)
+		}
+	}()
+	var parts []types.CompletedPart
+	for off := int64(0); off < info.Size; off += size {
+		number := int32(len(parts) + 1)
+		span := fmt.Sprintf("bytes=%d-%d", off, min(off+size, info.Size)-1)
+		var etag string
+		err := s.retry(ctx, fmt.Sprintf("copy part %d to %s", number, s.URL(to)), func(ctx context.Context) error {
+			out, err := s.client.UploadPartCopy(withPatience(ctx, completePatience), &s3.UploadPartCopyInput{
+				Bucket: &s.bucket, Key: &to, UploadId: &id, PartNumber: &number, CopySource: &source, CopySourceRange: &span,
+			})
+			if err != nil {
+				return err
+			}
+			if out.CopyPartResult == nil {
+				return errors.New("the store sent no CopyPartResult")
+			}
+			etag = aws.ToString(out.CopyPartResult.ETag)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		parts = append(parts, types.CompletedPart{PartNumber: &number, ETag: &etag})
+	}
+	slices.SortFunc(parts, func(a, b types.CompletedPart) int { return cmp.Compare(*a.PartNumber, *b.PartNumber) })
+	return s.complete(ctx, Object{Key: to, Size: info.Size, MD5: info.Metadata["md5sum"]}, id, parts)
+}

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upload
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// Store is what a transaction needs of a store.
+//
+// Put must leave no unfinished upload of its own on error; Delete and
+// AbortUploads must succeed when there is nothing to do. List may be refused.
+type Store interface {
+	URL(key string) string
+	Put(ctx context.Context, o Object) (Info, error)
+	List(ctx context.Context, prefix string) ([]Info, error)
+	Delete(ctx context.Context, keys ...string) error
+	AbortUploads(ctx context.Context, prefix string) error
+}
+
+// Kind says which part of an image an artifact is; it is also its object's name.
+type Kind string
+
+// The parts of an image, in the order they are uploaded.
+const (
+	Rootfs         Kind = "rootfs"
+	Kernel         Kind = "kernel"
+	Initrd         Kind = "initrd"
+	BootParameters Kind = "boot_parameters"
+	manifest       Kind = "manifest.json"
+)
+
+var order = []Kind{Rootfs, Kernel, Initrd, BootParameters}
+
+// mediaTypes are the manifest's names for the kinds.
+var mediaTypes = map[Kind]string{
+	Rootfs:         "application/vnd.cray.image.rootfs.squashfs",
+	Kernel:         "application/vnd.cray.image.kernel",
+	Initrd:         "application/vnd.cray.image.initrd",
+	BootParameters: "application/vnd.cray.image.parameters.boot",
+	manifest:       "application/json",
+}
+
+// Artifact is one file of an image. Body is read more than once and must not
+// change until Publish returns.
+type Artifact struct {
+	Kind Kind
+	Body io.ReaderAt
+	Size int64
+}
+
+// Request is an image to publish.
+type Request struct {
+	ImageID   string // UUID; every object goes below "<ImageID>/"
+	ImageName string // any text
+	JobID     string // "" when no job is involved
+	Artifacts []Artifact
+	Progress  func(kind Kind, done, total int64) // nil for none; not called concurrently
+	Log       *slog.Logger                       // nil: silent
+}
+
+// Link points at an object, as IMS and the manifest spell it.
+type Link struct {
+	ETag string `json:"etag"`
+	Path string `json:"path"`
+	Type string `json:"type"`
+}
+
+// Entry is an artifact as the manifest lists it. Fields are in the order of
+// their names, which the manifest's readers are used to.
+type Entry struct {
+	Link Link   `json:"link"`
+	MD5  string `json:"md5"`
+	Type string `json:"type"`
+}
+
+type manifestFile struct {
+	Artifacts []Entry `json:"artifacts"`
+	Created   string  `json:"created"`
+	Version   string  `json:"version"`
+}
+
+// Result is a published image.
+type Result struct {
+	Artifacts []Entry // in upload order, the manifest last
+	Manifest  Link
+}
+
+// Publish uploads an image's artifacts and then its manifest. On error nothing
+// is left below "<ImageID>/"; what could not be removed is logged, and the
+// returned error stays the original one.
+func Publish(ctx context.Context, store Store, r Request) (res Result, err error) {
+	if err := r.check(); err != nil {
+		return Result{}, err
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		ctx, cancel := afterwards(ctx)
+		defer cancel()
+		if rerr := Remove(ctx, store, r.ImageID); rerr != nil && r.Log != nil {
+			r.Log.Error("objects of a failed upload could not be removed; delete them by hand", "below", store.URL(r.ImageID+"/"), "error", rerr)
+		}
+	}()
+	if err := store.AbortUploads(ctx, r.ImageID+"/"); err != nil && code(err) != "AccessDenied" && code(err) != "NotImplemented" {
+		return Result{}, err
+	}
+	artifacts := slices.Clone(r.Artifacts)
+	slices.SortStableFunc(artifacts, func(a, b Artifact) int {
+		return cmp.Compare(slices.Index(order, a.Kind), slices.Index(order, b.Kind))
+	})
+	for _, a := range artifacts {
+		entry, err := r.put(ctx, store, a, map[string]string{
+			"x-shasta-ims-image-name": shortened(r.ImageName),
+			"x-shasta-ims-image-id":   r.ImageID,
+			"x-shasta-ims-job-id":     r.JobID,
+		})
+		if err != nil {
+			return Result{}, err
+		}
+		res.Artifacts = append(res.Artifacts, entry)
+	}
+	body, err := encodeManifest(res.Artifacts, time.Now())
+	if err != nil {
+		return Result{}, err
+	}
+	entry, err := r.put(ctx, store, Artifact{Kind: manifest, Body: bytes.NewReader(body), Size: int64(len(body))}, nil)
+	if err != nil {
+		return Result{}, err
+	}
+	res.Artifacts = append(res.Artifacts, entry)
+	res.Manifest = entry.Link
+	return res, nil
+}
+
+func (r Request) check() error {
+	if uuid.Validate(r.ImageID) != nil {
+		return fmt.Errorf("publish image: id %q is not a UUID", r.ImageID)
+	}
+	rootfs := 0
+	for _, a := range r.Artifacts {
+		if !slices.Contains(order, a.Kind) {
+			return fmt.Errorf("publish image %s: unknown artifact %q", r.ImageID, a.Kind)
+		}
+		if a.Kind == Rootfs {
+			rootfs++
+		}
+	}
+	if rootfs != 1 {
+		return fmt.Errorf("publish image %s: %d root file systems, IMS wants exactly one", r.ImageID, rootfs)
+	}
+	return nil
+}
+
+func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[string]string) (Entry, error) {
+	key := r.ImageID + "/" + string(a.Kind)
+	sum, err := md5Of(ctx, a.Body, a.Size)
+	if err != nil {
+		return Entry{}, fmt.Errorf("read the %s to upload: %w", a.Kind, err)
+	}
+	for k, v := range meta {
+		if v == "" {
+			delete(meta, k)
+		}
+	}
+	o := Object{Key: key, Body: a.Body, Size: a.Size, MD5: sum, Metadata: meta}
+	if r.Progress != nil {
+		var mu sync.Mutex
+		var done int64
+		r.Progress(a.Kind, 0, a.Size)
+		o.Progress = func(n int64) {
+			mu.Lock()
+			defer mu.Unlock()
+			done += n
+			r.Progress(a.Kind, done, a.Size)
+		}
+	}
+	info, err := store.Put(ctx, o)
+	if err != nil {
+		return Entry{}, err
+	}
+	return Entry{Link: Link{ETag: info.ETag, Path: store.URL(key), Type: "s3"}, MD5: sum, Type: mediaTypes[a.Kind]}, nil
+}
+
+// encodeManifest writes the manifest as the legacy uploader does: keys sorted,
+// four spaces, local time with microseconds and no zone.
+func encodeManifest(entries []Entry, now time.Time) ([]byte, error) {
+	return json.MarshalIndent(manifestFile{
+		Artifacts: entries, Created: now.Format("2006-01-02 15:04:05.000000"), Version: "1.0",
+	}, "", "    ")
+}
+
+// Remove takes everything of an image out of the store: unfinished uploads and
+// objects. It goes on after errors and returns them all.
+func Remove(ctx context.Context, store Store, imageID string) error {
+	if uuid.Validate(imageID) != nil {
+		return fmt.Errorf("remove image objects: id %q is not a UUID", imageID)
+	}
+	prefix := imageID + "/"
+	errs := []error{store.AbortUploads(ctx, prefix)}
+	// The known names are deleted even when the store refuses to list.
+	keys := map[string]bool{prefix + string(manifest): true}
+	for _, k := range order {
+		keys[prefix+string(k)] = true
+	}
+	found, err := store.List(ctx, prefix)
+	if err == nil {
+		clear(keys)
+	}
+	errs = append(errs, err)
+	for _, info := range found {
+		keys[info.Key] = true
+	}
+	for key := range keys {
+		errs = append(errs, store.Delete(ctx, key))
+	}
+	return errors.Join(errs...)
+}
