@@ -5,11 +5,8 @@ package local
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -17,7 +14,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"github.com/versity/versitygw/backend/meta"
 	"github.com/versity/versitygw/backend/posix"
 	"github.com/versity/versitygw/embedgw"
@@ -183,21 +179,14 @@ func (s *s3Server) stop() {
 // loadKeys reads the store's keys, or makes them on the first start.
 func loadKeys(path string) (s3Keys, error) {
 	var keys s3Keys
-	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	err := loadOnce(path, &keys, func() error {
 		keys = s3Keys{AccessKey: "ims" + rand.Text()[:13], SecretKey: rand.Text() + rand.Text()}
-		if b, err = json.MarshalIndent(keys, "", "  "); err != nil {
-			return keys, err
-		}
-		return keys, renameio.WriteFile(path, append(b, '\n'), 0o600)
+		return nil
+	})
+	if err == nil && (keys.AccessKey == "" || keys.SecretKey == "") {
+		err = fmt.Errorf("%s: holds no keys; remove it to get new ones", path)
 	}
-	if err != nil {
-		return keys, err
-	}
-	if err := json.Unmarshal(b, &keys); err != nil || keys.AccessKey == "" || keys.SecretKey == "" {
-		return keys, fmt.Errorf("S3 credentials %s: not as written by imslocal (%v); remove the file and the objects below %s", path, err, filepath.Join(filepath.Dir(path), "s3"))
-	}
-	return keys, nil
+	return keys, err
 }
 
 // freeAddr finds the address to listen on: listen, its port chosen when it is
