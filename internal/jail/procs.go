@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package jail
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// procInfo is one process as /proc/PID/stat shows it (proc_pid_stat(5)).
+type procInfo struct {
+	pid, ppid, session int
+	name               string
+	state              byte
+	tty                int    // device number of the controlling terminal, 0 without one
+	start              uint64 // clock ticks after boot; with pid it names a process for good
+}
+
+func (p procInfo) String() string { return fmt.Sprintf("%s[%d]", p.name, p.pid) }
+
+// dead reports whether only the process's entry is left.
+func (p procInfo) dead() bool { return p.state == 'Z' || p.state == 'X' }
+
+// processes lists all processes of the PID namespace that /proc shows.
+func processes() ([]procInfo, error) {
+	d, err := os.Open("/proc")
+	if err != nil {
+		return nil, err
+	}
+	names, err := d.Readdirnames(-1)
+	d.Close()
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	var procs []procInfo
+	for _, n := range names {
+		if n[0] < '1' || n[0] > '9' {
+			continue
+		}
+		b, err := os.ReadFile("/proc/" + n + "/stat")
+		if err != nil {
+			continue // it ended meanwhile
+		}
+		if p, ok := parseStat(b); ok {
+			procs = append(procs, p)
+		}
+	}
+	return procs, nil
+}
+
+// parseStat takes a stat line apart. The name is the user's text and may hold spaces and parentheses: it ends at the
+// last one.
+func parseStat(b []byte) (procInfo, bool) {
+	open, end := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
+	if open < 1 || end < open {
+		return procInfo{}, false
+	}
+	f := bytes.Fields(b[end+1:])
+	if len(f) < 20 || len(f[0]) != 1 {
+		return procInfo{}, false
+	}
+	p := procInfo{name: string(b[open+1 : end]), state: f[0][0]}
+	for _, v := range []struct {
+		field []byte
+		to    *int
+	}{{bytes.TrimSpace(b[:open]), &p.pid}, {f[1], &p.ppid}, {f[3], &p.session}, {f[4], &p.tty}} {
+		n, err := strconv.Atoi(string(v.field))
+		if err != nil {
+			return procInfo{}, false
+		}
+		*v.to = n
+	}
+	start, err := strconv.ParseUint(string(f[19]), 10, 64)
+	p.start = start
+	return p, err == nil
+}
+
+// descendants picks those of procs that root is an ancestor of.
+func descendants(procs []procInfo, root int) []procInfo {
+	children := make(map[int][]procInfo)
+	for _, p := range procs {
+		children[p.ppid] = append(children[p.ppid], p)
+	}
+	var found []procInfo
+	for todo := []int{root}; len(todo) > 0; todo = todo[1:] {
+		for _, c := range children[todo[0]] {
+			found = append(found, c)
+			todo = append(todo, c.pid)
+		}
+		delete(children, todo[0])
+	}
+	return found
+}
+
+// rootedAt picks those of procs whose root directory is the given one.
+func rootedAt(procs []procInfo, dev, ino uint64) []procInfo {
+	var found []procInfo
+	for _, p := range procs {
+		var st unix.Stat_t
+		if unix.Stat(fmt.Sprintf("/proc/%d/root", p.pid), &st) == nil && st.Dev == dev && st.Ino == ino {
+			found = append(found, p)
+		}
+	}
+	return found
+}
+
+// living returns procs once each, without the dead and without self.
+func living(procs []procInfo, self int) []procInfo {
+	seen := map[int]bool{self: true}
+	var found []procInfo
+	for _, p := range procs {
+		if !seen[p.pid] && !p.dead() {
+			seen[p.pid] = true
+			found = append(found, p)
+		}
+	}
+	return found
+}
+
+const (
+	killPoll = 10 * time.Millisecond
+
+	// killWait is how long processes may take to vanish after SIGKILL; only one stuck in the kernel takes that long.
+	killWait = 10 * time.Second
+)
+
+// endAll ends every process alive lists: SIGTERM, and SIGHUP too where there is a terminal, because interactive shells
+// ignore the former; SIGKILL when hurry is closed or the grace is over. It returns the names of those it had to kill and
+// of those that are still there.
+func endAll(alive func() ([]procInfo, error), grace time.Duration, hurry <-chan struct{}) (killed, left []string) {
+	deadline := time.After(grace)
+	asked := make(map[procInfo]bool)
+	tick := time.NewTicker(killPoll)
+	defer tick.Stop()
+	for waiting := grace > 0; waiting; {
+		procs, err := alive()
+		if err == nil && len(procs) == 0 {
+			return nil, nil
+		}
+		for _, p := range procs {
+			key := procInfo{pid: p.pid, start: p.start}
+			if asked[key] {
+				continue
+			}
+			asked[key] = true
+			unix.Kill(p.pid, unix.SIGTERM)
+			if p.tty != 0 {
+				unix.Kill(p.pid, unix.SIGHUP)
+			}
+			unix.Kill(p.pid, unix.SIGCONT)
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			waiting = false
+		case <-hurry:
+			waiting = false
+		}
+	}
+	names := make(map[procInfo]bool)
+	for end := time.Now().Add(killWait); ; {
+		procs, err := alive()
+		if err == nil && len(procs) == 0 {
+			return killed, nil
+		}
+		for _, p := range procs {
+			if key := (procInfo{pid: p.pid, start: p.start}); !names[key] {
+				names[key] = true
+				if len(killed) < maxList {
+					killed = append(killed, p.String())
+				}
+			}
+			unix.Kill(p.pid, unix.SIGKILL)
+		}
+		if time.Now().After(end) {
+			if err != nil {
+				left = append(left, err.Error())
+			}
+			for _, p := range procs[:min(len(procs), maxList)] {
+				left = append(left, p.String())
+			}
+			return killed, left
+		}
+		<-tick.C
+	}
+}

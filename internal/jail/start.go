@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package jail
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Start builds the jail, starts its init and proves the confinement. With Level Auto it takes the strongest level the
+// container allows and says why if that is not Namespaces. It fails, rather than to take a weaker level, when a
+// confinement was built but does not hold. ctx bounds the start only.
+func Start(ctx context.Context, cfg Config) (*Jail, error) {
+	root, err := filepath.Abs(cfg.Root)
+	if err != nil {
+		return nil, fmt.Errorf("jail: %w", err)
+	}
+	cfg.Root = root
+	if cfg.Level != Auto {
+		j, err := establish(ctx, cfg, cfg.Level)
+		if err != nil {
+			return nil, fmt.Errorf("jail: level %s: %w", cfg.Level, err)
+		}
+		return j, nil
+	}
+	var reasons []string
+	for _, level := range []Level{Namespaces, Chroot} {
+		j, err := establish(ctx, cfg, level)
+		if err == nil {
+			if len(reasons) > 0 {
+				cfg.Log.Info("stronger jail not possible here", "level", level, "reason", strings.Join(reasons, "; "))
+			}
+			return j, nil
+		}
+		reasons = append(reasons, fmt.Sprintf("%s: %v", level, err))
+		if errors.Is(err, errBreakout) || ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, fmt.Errorf("jail: %s; give the container CAP_SYS_CHROOT or CAP_SYS_ADMIN, or do not ask for a jail", strings.Join(reasons, "; "))
+}
+
+// levelCaps are the capabilities that building a level takes.
+var levelCaps = map[Level][]int{
+	Namespaces: {unix.CAP_SYS_ADMIN, unix.CAP_SETPCAP},
+	Chroot:     {unix.CAP_SYS_CHROOT, unix.CAP_SETPCAP},
+}
+
+// establish builds one level.
+func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error) {
+	if level < Plain || level > Namespaces {
+		return nil, errors.New("unknown")
+	}
+	missing, err := missingCaps(levelCaps[level]...)
+	if err != nil {
+		return nil, err
+	}
+	if missing != "" {
+		return nil, fmt.Errorf("the container lacks %s", missing)
+	}
+	dir, err := openImageDir(cfg.Root, cfg.Log)
+	if err != nil {
+		return nil, err
+	}
+	j := &Jail{
+		log: cfg.Log, level: level, dir: dir, done: make(chan struct{}), stopDone: make(chan struct{}),
+		pending: make(map[uint32]chan packet), running: make(map[uint32]*Process),
+	}
+	defer func() {
+		if err != nil {
+			if j.proc != nil {
+				j.kill(err)
+				<-j.done
+			}
+			err = errors.Join(err, dir.restore())
+			dir.f.Close()
+		}
+	}()
+	legacy := level == Plain && cfg.DKMS && mayMount(cfg.Log)
+	switch {
+	case level == Namespaces, legacy:
+		err = dir.makeMountPoints("proc", "sys", "dev")
+	case level == Chroot:
+		err = dir.makeDevices()
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := j.startInit(ctx, cfg, legacy); err != nil {
+		return nil, err
+	}
+	if level != Plain {
+		if err := j.prove(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return j, nil
+}
+
+// mayMount reports whether the plain level can mount what DKMS asks for.
+func mayMount(log *slog.Logger) bool {
+	missing, err := missingCaps(unix.CAP_SYS_ADMIN)
+	if err != nil || missing != "" {
+		log.Warn("DKMS asked for, but /proc, /sys and /dev cannot be mounted in the image root", "missing", missing, "err", err)
+		return false
+	}
+	return true
+}
+
+// initNamespaces are the clone flags of a level.
+func initNamespaces(level Level, legacy bool) uintptr {
+	switch {
+	case level == Namespaces:
+		return unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
+	case legacy:
+		return unix.CLONE_NEWNS
+	}
+	return 0
+}
+
+// startInit starts the init child and has it build the confinement.
+func (j *Jail) startInit(ctx context.Context, cfg Config, legacy bool) error {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("make socket pair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "jail-init")
+	defer theirs.Close()
+	if j.conn, err = newConn(os.NewFile(uintptr(fds[0]), "jail")); err != nil {
+		return err
+	}
+	errR, errW, err := os.Pipe()
+	if err != nil {
+		j.conn.close()
+		return err
+	}
+	j.trace = newTail(j.log)
+	err = j.fork(theirs, errW, initNamespaces(j.level, legacy))
+	errW.Close()
+	if err != nil {
+		j.conn.close()
+		errR.Close()
+		return err
+	}
+	go j.trace.read(errR)
+
+	setup := setupMsg{level: j.level, root: cfg.Root, dev: j.dir.st.Dev, ino: j.dir.st.Ino, legacy: legacy, env: cfg.Env}
+	stop := context.AfterFunc(ctx, func() { j.kill(ctx.Err()) })
+	defer stop()
+	if err := j.conn.send(opSetup, 0, &setup); err != nil {
+		return fmt.Errorf("set up: %w", err)
+	}
+	p, err := j.conn.recv()
+	if err != nil {
+		j.kill(nil)
+		<-j.done
+		return fmt.Errorf("set up: init ended: %w", j.endError())
+	}
+	p.closeFiles()
+	switch p.op {
+	case opReady:
+		var m readyMsg
+		if err := m.decode(p.body); err != nil {
+			return err
+		}
+		j.caps = m.caps
+		for _, n := range m.notes {
+			j.log.Warn("jail is incomplete", "level", j.level, "note", n)
+		}
+		go j.receive()
+		return nil
+	case opFailed:
+		var m failedMsg
+		if err := m.decode(p.body); err != nil {
+			return err
+		}
+		return errors.New(m.text)
+	}
+	return fmt.Errorf("set up: %w: operation %d", errMalformed, p.op)
+}
+
+// fork starts this program as init. The kernel kills init when the thread that started it ends, so that thread waits for
+// it. In the levels without a PID namespace init must get the chance to end its descendants: there only the closed
+// socket tells it that the gateway is gone.
+func (j *Jail) fork(socket, stderr *os.File, namespaces uintptr) error {
+	attr := &os.ProcAttr{
+		Dir: "/",
+		// Nothing of the gateway's environment goes into the jail. The setting keeps the Go runtime from holding files of
+		// the container open (it would watch the CPU limit).
+		Env:   []string{"GODEBUG=containermaxprocs=0,updatemaxprocs=0"},
+		Files: []*os.File{nil, nil, stderr, socket},
+		Sys:   &syscall.SysProcAttr{Setsid: true, Cloneflags: namespaces},
+	}
+	if j.level == Namespaces {
+		attr.Sys.Pdeathsig = unix.SIGKILL
+	}
+	null, err := os.OpenFile("/dev/null", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	attr.Files[0], attr.Files[1] = null, null
+	if j.level != Namespaces {
+		// Should somebody kill init, its children come here, where Stop finds them.
+		if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+			return fmt.Errorf("become subreaper: %w", err)
+		}
+	}
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		p, err := os.StartProcess("/proc/self/exe", []string{"sshd", modeInit}, attr)
+		if err != nil {
+			started <- fmt.Errorf("start init: %w", err)
+			return
+		}
+		j.proc = p
+		started <- nil
+		st, err := p.Wait()
+		j.ended(st, err)
+	}()
+	return <-started
+}
+
+// kill ends init, and with it the jail, because of err; nil means that the reason is what init says itself. A connection
+// closed by Stop is no reason.
+func (j *Jail) kill(err error) {
+	j.mu.Lock()
+	if j.err == nil && !j.stopping {
+		j.err = err
+	}
+	j.mu.Unlock()
+	if j.level != Namespaces {
+		// Init needs a moment to end its descendants; what it cannot end is looked for afterwards.
+		j.conn.close()
+		time.AfterFunc(2*killWait, func() { _ = j.proc.Kill() })
+		return
+	}
+	_ = j.proc.Kill()
+	j.conn.close()
+}
+
+// ended records init's end and tells everybody who waits for something.
+func (j *Jail) ended(st *os.ProcessState, err error) {
+	j.conn.close()
+	<-j.trace.done
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if !j.stopping {
+		how := fmt.Sprint(err)
+		if err == nil {
+			how = st.String()
+		}
+		e := fmt.Errorf("jail: init ended unexpectedly (%s) and all sessions with it", how)
+		if said := j.trace.String(); said != "" {
+			e = fmt.Errorf("%w: %s", e, said)
+		}
+		if j.err != nil {
+			e = fmt.Errorf("%w: %w", e, j.err)
+		}
+		j.err = e
+	} else {
+		j.err = nil
+	}
+	close(j.done)
+	for id, p := range j.running {
+		delete(j.running, id)
+		e := j.err
+		if e == nil {
+			e = ErrStopped
+		}
+		p.finish(Exit{Err: e})
+	}
+}
+
+// tail logs what init writes to stderr, which is nothing unless it fails, and keeps the beginning of it.
+type tail struct {
+	log  *slog.Logger
+	mu   sync.Mutex
+	last []string
+	done chan struct{}
+}
+
+func newTail(log *slog.Logger) *tail { return &tail{log: log, done: make(chan struct{})} }
+
+// tailLines is enough for the reason of a Go panic and its first frames.
+const tailLines = 12
+
+func (t *tail) read(r io.ReadCloser) {
+	defer close(t.done)
+	defer r.Close()
+	s := bufio.NewScanner(r)
+	for s.Scan() {
+		t.log.Warn("jail init", "line", s.Text())
+		t.mu.Lock()
+		if len(t.last) < tailLines {
+			t.last = append(t.last, s.Text())
+		}
+		t.mu.Unlock()
+	}
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return strings.Join(t.last, " | ")
+}
