@@ -124,7 +124,11 @@ func packChecked(ctx context.Context, src Source, f *os.File, opt Options) (Stat
 	if err != nil {
 		return Stats{}, err
 	}
-	if _, err := Open(f, w.stats.BytesOut); err != nil {
+	img, err := Open(f, w.stats.BytesOut)
+	if err == nil {
+		err = Verify(ctx, img, true)
+	}
+	if err != nil {
 		return Stats{}, fmt.Errorf("check of the image just written: %w", err)
 	}
 	// CreateTemp made it unreadable for others; an image is not secret.

@@ -100,6 +100,9 @@ func TestPackDirectorySizes(t *testing.T) {
 	for i := range 40 {
 		treekit.Make(t, dir, fmt.Sprintf("hardlink links/%02d long/%03d%s", i, i*10, strings.Repeat("\xff", 252)))
 	}
+	// Neighbours in the inode table with numbers far from each other: the last
+	// of many names, and what comes behind their directory.
+	treekit.Make(t, dir, "file 70000/zz", "file 70001", "hardlink far/1 70000/zz", "hardlink far/2 70001", "hardlink far/3 70000/zz")
 	image, _ := packDir(t, dir, Options{})
 	judge(t, image, dir)
 }
@@ -122,6 +125,13 @@ func TestPackFileSizes(t *testing.T) {
 				fmt.Sprintf("sparse sparse/small 0644 %d", bs-1))
 			image, _ := packDir(t, dir, Options{BlockSize: bs})
 			judge(t, image, dir)
+			mounted := kernelMount(t, image)
+			for name, allocated := range map[string]int{"start": bs, "tail": bs, "middle": bs, "none": 0} {
+				var st unix.Stat_t
+				if err := unix.Lstat(filepath.Join(mounted, "sparse", name), &st); err != nil || st.Blocks != int64(allocated/512) {
+					t.Errorf("sparse/%s: %d blocks of 512 bytes, want %d, %v", name, st.Blocks, allocated/512, err)
+				}
+			}
 		})
 	}
 }
