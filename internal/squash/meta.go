@@ -126,7 +126,7 @@ func (img *Image) rawBound(t metaTable) (int64, error) {
 type metaCursor struct {
 	img     *Image
 	table   metaTable
-	next    int64  // byte offset of the block behind the current one
+	block   *metaBlock
 	rest    []byte // of the current block
 	scratch []byte // for what lies in more than one block
 }
@@ -150,8 +150,16 @@ func (c *metaCursor) seek(t metaTable, ref metaRef) error {
 	if ref.offset() >= len(b.data) {
 		return corruptf("reference %#x lies behind the end of its %s table block", uint64(ref), t.name)
 	}
-	c.next, c.rest = b.next, b.data[ref.offset():]
+	c.block, c.rest = b, b.data[ref.offset():]
 	return nil
+}
+
+// ref returns where the cursor is.
+func (c *metaCursor) ref() metaRef {
+	if len(c.rest) == 0 {
+		return makeRef(uint64(c.block.next-c.table.start), 0)
+	}
+	return makeRef(uint64(c.block.pos-c.table.start), len(c.block.data)-len(c.rest))
 }
 
 // take implements byteSource.
@@ -163,11 +171,11 @@ func (c *metaCursor) take(n int) ([]byte, error) {
 	}
 	c.scratch = append(c.scratch[:0], c.rest...)
 	for {
-		b, err := c.img.metaBlockAt(c.next, c.table.end)
+		b, err := c.img.metaBlockAt(c.block.next, c.table.end)
 		if err != nil {
 			return nil, fmt.Errorf("%s table: %w", c.table.name, err)
 		}
-		c.next = b.next
+		c.block = b
 		if need := n - len(c.scratch); need <= len(b.data) {
 			c.scratch = append(c.scratch, b.data[:need]...)
 			c.rest = b.data[need:]

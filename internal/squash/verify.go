@@ -102,19 +102,33 @@ func (img *Image) verifyInode(ino *Inode) error {
 			return corruptf("inode %d is at %#x, the export table says %#x", ino.Number, uint64(ino.ref), ref)
 		}
 	}
-	return img.eachIndex(ino, func(x dirIndex) (bool, error) {
-		d, err := img.openListing(ino)
+	return img.verifyIndex(ino)
+}
+
+// verifyIndex reads a directory's listing beside its index: an entry must lead
+// to a header, and name what comes behind it.
+func (img *Image) verifyIndex(dir *Inode) error {
+	if dir.indexCount == 0 {
+		return nil
+	}
+	d, err := img.openListing(dir)
+	if err != nil {
+		return err
+	}
+	return img.eachIndex(dir, func(x dirIndex) (bool, error) {
+		for d.count > 0 || dir.listingLen-d.left < int64(x.Offset) {
+			if _, ok, err := d.next(); err != nil || !ok {
+				return false, err
+			}
+		}
+		at, ref := dir.listingLen-d.left, d.c.ref()
+		e, _, err := d.next()
 		if err != nil {
 			return false, err
 		}
-		d.left -= int64(x.Offset)
-		if err := d.c.seek(img.dirs, indexTarget(ino, x)); err != nil {
-			return false, err
+		if at != int64(x.Offset) || ref != indexTarget(dir, x) || e.Name != x.Name {
+			return false, corruptf("the directory index leads to %d for %q, there is %q at %d", x.Offset, x.Name, e.Name, at)
 		}
-		e, ok, err := d.next()
-		if err == nil && (!ok || e.Name != x.Name) {
-			err = corruptf("the directory index leads to %q instead of %q", e.Name, x.Name)
-		}
-		return true, err
+		return true, nil
 	})
 }
