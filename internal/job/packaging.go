@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package job
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/config"
+	"github.com/ims-buildenv/ims-buildenv/internal/imageroot"
+	"github.com/ims-buildenv/ims-buildenv/internal/ims"
+	"github.com/ims-buildenv/ims-buildenv/internal/progress"
+	"github.com/ims-buildenv/ims-buildenv/internal/squash"
+	"github.com/ims-buildenv/ims-buildenv/internal/upload"
+)
+
+// packaging turns the root into a registered image. What it publishes before
+// an error is taken back by finish.
+func (r *run) packaging(ctx context.Context) error {
+	if r.state.Phase != phasePackaging {
+		r.state.Phase = phasePackaging
+		r.saveState()
+	}
+	if err := r.setStatus(ctx, ims.PackagingArtifacts); err != nil {
+		return err
+	}
+	p, err := r.packAndPublish(ctx)
+	if err != nil {
+		return err
+	}
+	if r.result, err = p.document(); err != nil {
+		return err
+	}
+	r.state.Phase = phaseRegistered
+	r.saveState()
+	return nil
+}
+
+func (r *run) packAndPublish(ctx context.Context) (published, error) {
+	root, err := imageroot.Open(r.cfg.RootDir)
+	if err != nil {
+		return published{}, err
+	}
+	defer root.Close()
+	// Cheap things that can fail come before the long one.
+	boot, err := root.FindBoot(r.bootNames())
+	if err != nil {
+		return published{}, err
+	}
+	defer boot.Close()
+	if err := r.store.Check(ctx); err != nil {
+		return published{}, err
+	}
+	if err := checkSpace(ctx, root.FDPath(), r.cfg.Parent, r.log); err != nil {
+		return published{}, err
+	}
+	flags := r.flags
+	flags.Root = r.cfg.RootDir // a create job packs another root than it opens a shell on
+	if err := errors.Join(flags.RemoveStale(), root.ProtectImageDir()); err != nil {
+		return published{}, err
+	}
+	image, size, err := r.pack(ctx, root)
+	if err != nil {
+		return published{}, err
+	}
+	defer image.Close()
+	return r.publish(ctx, r.cfg.ArchiveName, artifacts(image, size, boot))
+}
+
+// pack writes the image beside the root and returns it opened.
+func (r *run) pack(ctx context.Context, root *imageroot.Root) (*os.File, int64, error) {
+	src, err := squash.DirSource(root.FDPath(), squash.DirOptions{OneFileSystem: true})
+	if err != nil {
+		return nil, 0, err
+	}
+	defer src.Close()
+	bar := r.progress("packing", 0)
+	stats, err := squash.PackFile(ctx, src, r.packedPath(), squash.Options{Progress: bar.Update})
+	if err != nil {
+		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+			err = fmt.Errorf("%w; %s", err, moreSpace)
+		}
+		return nil, 0, err
+	}
+	bar.Finish()
+	const most = 50
+	for i, w := range stats.Warnings {
+		if i == most {
+			r.log.Warn("more remarks about the packed tree are left out", "count", len(stats.Warnings)-most)
+			break
+		}
+		r.log.Warn("packed with a remark", "remark", w)
+	}
+	f, err := os.OpenFile(r.packedPath(), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	return f, stats.BytesOut, nil
+}
+
+func artifacts(image io.ReaderAt, size int64, boot *imageroot.Boot) []upload.Artifact {
+	all := []upload.Artifact{
+		{Kind: upload.Rootfs, Body: image, Size: size},
+		{Kind: upload.Kernel, Body: boot.Kernel, Size: boot.Kernel.Size},
+		{Kind: upload.Initrd, Body: boot.Initrd, Size: boot.Initrd.Size},
+	}
+	if p := boot.Parameters; p != nil {
+		all = append(all, upload.Artifact{Kind: upload.BootParameters, Body: p, Size: p.Size})
+	}
+	return all
+}
+
+// publish makes the image record, uploads, and links everything up. The record
+// is noted before the first object exists, so that undo finds both.
+func (r *run) publish(ctx context.Context, name string, files []upload.Artifact) (published, error) {
+	image, err := r.ims.CreateImage(ctx, name, r.cfg.Arch)
+	if err != nil {
+		return published{}, err
+	}
+	r.state.ImageID = image.ID
+	if r.state.Phase == phasePackaging {
+		r.saveState()
+	}
+	r.log.Info("image record created", "image", image.ID)
+	var bar *progress.P
+	var current upload.Kind
+	res, err := upload.Publish(ctx, r.store, upload.Request{
+		ImageID: image.ID, ImageName: name, JobID: r.cfg.JobID, Artifacts: files, Log: r.log,
+		Progress: func(kind upload.Kind, done, total int64) {
+			if kind != current {
+				if bar != nil {
+					bar.Finish()
+				}
+				current, bar = kind, r.progress("uploading "+string(kind), total)
+			}
+			bar.Update(done, total)
+		},
+	})
+	if err != nil {
+		return published{}, err
+	}
+	bar.Finish()
+	link := ims.Link{ETag: res.Manifest.ETag, Path: res.Manifest.Path, Type: res.Manifest.Type}
+	if image, err = r.ims.LinkImage(ctx, image.ID, link); err != nil {
+		return published{}, fmt.Errorf("link the image to its manifest: %w", err)
+	}
+	p := published{image: image, artifacts: res.Artifacts}
+	if r.cfg.JobID != "" {
+		job, err := r.ims.SetResultantImage(ctx, r.cfg.JobID, image.ID)
+		if err != nil {
+			return published{}, fmt.Errorf("tell the job its image: %w", err)
+		}
+		p.job = &job
+	}
+	r.log.Info("image registered", "image", image.ID, "name", name)
+	return p, nil
+}
+
+// progress reports to a terminal as a bar, otherwise in the job's own log.
+func (r *run) progress(name string, total int64) *progress.P {
+	if f, ok := r.deps.Stderr.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return progress.New(f, name, total)
+	}
+	return progress.NewLog(r.log, name, total)
+}
+
+// Package does what the legacy package_and_upload.sh did, for callers that own
+// the job's status: packaging_artifacts, pack, upload, register. The status is
+// set to error on failure and left alone on success.
+func Package(ctx context.Context, cfg config.Sidecar, deps Deps) int {
+	r, err := newRun(cfg, deps)
+	if err != nil {
+		return r.refuse(ctx, err)
+	}
+	limitMemory(r.log)
+	r.state = state{JobID: cfg.JobID}
+	if err := r.guard(func() error { return r.packaging(ctx) }); err != nil {
+		return r.finish(ctx, err)
+	}
+	r.removeWorkFiles()
+	r.dropState()
+	if _, err := r.deps.Stdout.Write(r.result); err != nil {
+		r.log.Warn("the result could not be printed", "error", err)
+	}
+	return exitOK
+}
