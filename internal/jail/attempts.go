@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -37,6 +38,8 @@ var attempts = []struct {
 	{"chroot and walk up", tryChroot},
 	{"chroot with a held directory", tryChrootHeld},
 	{"unshare mount namespace", tryUnshare},
+	{"user namespace", tryUserNamespace},
+	{"keyrings of the node", tryKeyring},
 }
 
 func runAttempts(a *probeArgs) []probeResult {
@@ -185,14 +188,20 @@ func tryCapabilities(a *probeArgs) (bool, string) {
 }
 
 func tryMount(*probeArgs) (bool, string) {
-	err := unix.Mount("tmpfs", "/", "tmpfs", unix.MS_RDONLY, "size=4k")
-	if err == nil {
-		_ = unix.Unmount("/", unix.MNT_DETACH)
+	dir := someDirectory()
+	for _, m := range []struct {
+		source, fstype string
+		flags          uintptr
+	}{{"tmpfs", "tmpfs", unix.MS_RDONLY}, {"/", "", unix.MS_BIND}} {
+		err := unix.Mount(m.source, dir, m.fstype, m.flags, "")
+		if err == nil {
+			_ = unix.Unmount(dir, unix.MNT_DETACH)
+		}
+		if escaped, detail := refused(err); escaped {
+			return escaped, detail
+		}
 	}
-	if escaped, detail := refused(err); escaped {
-		return escaped, detail
-	}
-	return refused(unix.Mount("/", "/", "", unix.MS_BIND, ""))
+	return false, unix.EPERM.Error()
 }
 
 func tryPivot(*probeArgs) (bool, string) {
@@ -458,4 +467,19 @@ func tryChrootHeld(a *probeArgs) (bool, string) {
 
 func tryUnshare(*probeArgs) (bool, string) {
 	return refused(unix.Unshare(unix.CLONE_NEWNS))
+}
+
+// tryUserNamespace forks into a user namespace, where all capabilities come back. The kernel refuses it to a process in a
+// chroot, the filter elsewhere. The program does not exist: an error of execve means that the fork worked.
+func tryUserNamespace(*probeArgs) (bool, string) {
+	_, err := syscall.ForkExec("/.no-such-program", nil, &syscall.ProcAttr{Sys: &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER}})
+	return refused(err)
+}
+
+func tryKeyring(a *probeArgs) (bool, string) {
+	if a.Level != Namespaces {
+		return false, "not separated in this level"
+	}
+	_, err := unix.KeyctlGetKeyringID(unix.KEY_SPEC_USER_KEYRING, false)
+	return refused(err)
 }

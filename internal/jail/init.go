@@ -243,7 +243,12 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 			notes = append(notes, "sessions cannot make device nodes: this container lets root open "+open)
 		}
 	}
-	s.caps, err = boundThread(keep)
+	if s.caps, err = boundThread(keep); err != nil {
+		return nil, err
+	}
+	if s.level == Namespaces {
+		err = filterThread(runtime.GOARCH)
+	}
 	return notes, err
 }
 

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package jail
+
+import (
+	"fmt"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// abi is one system call table of the machine: its own, and the 32-bit one that programs may call as well.
+type abi struct {
+	audit          uint32
+	clone, unshare uint32 // their first argument is the flags
+	clone3         uint32
+	unwanted       []uint32
+}
+
+// newUser is what clone and unshare are not allowed to do. In a user namespace of its own the jail's root would hold
+// every capability again; it reaches nothing with them that it should not, but most of the kernel's code.
+const newUser = unix.CLONE_NEWUSER
+
+// The unwanted system calls need no capability and act beyond the namespaces: the keyrings of uid 0 are those of the
+// node, and bpf, performance counters, userfaultfd and io_uring are of no use to an installation and of much to an
+// attacker. Container runtimes' default profiles refuse the same ones. Numbers: arch/*/syscalls in the kernel; the last
+// three are the same everywhere.
+var (
+	abiX8664 = abi{
+		audit: unix.AUDIT_ARCH_X86_64, clone: 56, unshare: 272, clone3: 435,
+		unwanted: []uint32{248, 249, 250, 321, 298, 323, 425, 426, 427}, // add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_*
+	}
+	abiI386 = abi{
+		audit: unix.AUDIT_ARCH_I386, clone: 120, unshare: 310, clone3: 435,
+		unwanted: []uint32{286, 287, 288, 357, 336, 374, 425, 426, 427},
+	}
+	abiARM64 = abi{
+		audit: unix.AUDIT_ARCH_AARCH64, clone: 220, unshare: 97, clone3: 435,
+		unwanted: []uint32{217, 218, 219, 280, 241, 282, 425, 426, 427},
+	}
+	abiARM = abi{
+		audit: unix.AUDIT_ARCH_ARM, clone: 120, unshare: 337, clone3: 435,
+		unwanted: []uint32{309, 310, 311, 386, 364, 388, 425, 426, 427},
+	}
+)
+
+// abis are the tables of each machine we build for.
+var abis = map[string][]abi{
+	"amd64": {abiX8664, abiI386},
+	"arm64": {abiARM64, abiARM},
+}
+
+// x32 marks the third table of x86-64, which has no users; its calls are refused.
+const x32 = 0x40000000
+
+// Offsets in struct seccomp_data (seccomp(2)); the low half of args[0] comes first on our little-endian machines.
+const (
+	dataNr    = 0
+	dataArch  = 4
+	dataArg0  = 16
+	retErrno  = unix.SECCOMP_RET_ERRNO
+	retAllow  = unix.SECCOMP_RET_ALLOW
+	retNosys  = retErrno | uint32(unix.ENOSYS)
+	retEPERM  = retErrno | uint32(unix.EPERM)
+	loadWord  = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS
+	jumpEqual = unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K
+	jumpBits  = unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K
+	ret       = unix.BPF_RET | unix.BPF_K
+)
+
+// filterProgram is the classic BPF program over struct seccomp_data. clone3 hides its flags from a filter: ENOSYS makes
+// the C libraries use clone.
+func filterProgram(tables []abi) []unix.SockFilter {
+	var p []unix.SockFilter
+	emit := func(code uint16, k uint32, jt, jf uint8) {
+		p = append(p, unix.SockFilter{Code: code, K: k, Jt: jt, Jf: jf})
+	}
+	for _, a := range tables {
+		emit(loadWord, dataArch, 0, 0)
+		at := len(p)
+		emit(jumpEqual, a.audit, 0, 0) // to the next table if it is another one: set below
+		emit(loadWord, dataNr, 0, 0)
+		if a.audit == unix.AUDIT_ARCH_X86_64 {
+			emit(jumpBits, x32, 0, 1)
+			emit(ret, retNosys, 0, 0)
+		}
+		for _, nr := range append([]uint32{a.clone3}, a.unwanted...) {
+			emit(jumpEqual, nr, 0, 1)
+			emit(ret, retNosys, 0, 0)
+		}
+		emit(jumpEqual, a.clone, 1, 0)
+		emit(jumpEqual, a.unshare, 0, 3)
+		emit(loadWord, dataArg0, 0, 0)
+		emit(jumpBits, newUser, 0, 1)
+		emit(ret, retEPERM, 0, 0)
+		emit(ret, retAllow, 0, 0)
+		p[at].Jf = uint8(len(p) - at - 1)
+	}
+	emit(ret, retNosys, 0, 0) // a table nobody knows
+	return p
+}
+
+// filterThread installs the filter on the calling thread; its children inherit it for good. It takes CAP_SYS_ADMIN: the
+// alternative, no_new_privs, would break set-uid programs in the jail.
+func filterThread(goarch string) error {
+	p := filterProgram(abis[goarch])
+	prog := unix.SockFprog{Len: uint16(len(p)), Filter: &p[0]}
+	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&prog)))
+	if errno != 0 {
+		return fmt.Errorf("filter system calls: %w", errno)
+	}
+	return nil
+}
