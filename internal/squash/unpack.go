@@ -16,6 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ErrTooLarge is wrapped by Unpack's error about an image beyond MaxBytes.
+var ErrTooLarge = errors.New("image too large")
+
 // UnpackOptions change how Unpack works; the zero value is good.
 type UnpackOptions struct {
 	// Workers is how many goroutines unpack content; GOMAXPROCS if zero.
@@ -62,7 +65,7 @@ func Unpack(ctx context.Context, img *Image, dir string, opt UnpackOptions) (Unp
 		return UnpackStats{}, fmt.Errorf("unpack to %s: %w; nothing was written", dir, err)
 	}
 	if opt.MaxBytes > 0 && stats.Written > opt.MaxBytes {
-		return UnpackStats{}, fmt.Errorf("unpack to %s: the files hold %d bytes, the limit is %d; nothing was written", dir, stats.Written, opt.MaxBytes)
+		return UnpackStats{}, fmt.Errorf("unpack to %s: %w: the files hold %d bytes, the limit is %d; nothing was written", dir, ErrTooLarge, stats.Written, opt.MaxBytes)
 	}
 	root, err := openTarget(dir)
 	if err != nil {
