@@ -74,12 +74,12 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 			}
 			c.loggedIn(l, string(meta.ClientVersion()))
 			c.log.Info("login", "user", meta.User(), "key", l.key.Fingerprint(), "comment", l.key.Comment,
-				"algorithm", alg, "line", l.key.Line, "client", quoteShort(string(meta.ClientVersion())))
+				"algorithm", alg, "line", l.key.Line, "client", short(string(meta.ClientVersion())))
 			return &ssh.Permissions{ExtraData: map[any]any{loginKey{}: l}}, nil
 		},
 		AuthLogCallback: func(meta ssh.ConnMetadata, method string, err error) {
 			if err != nil && !errors.Is(err, ssh.ErrNoAuth) {
-				c.log.Info("login refused", "user", quoteShort(meta.User()), "method", quoteShort(method), "err", err)
+				c.log.Info("login refused", "user", short(meta.User()), "method", short(method), "err", err)
 			}
 		},
 		BannerCallback: func(ssh.ConnMetadata) string {

@@ -67,7 +67,7 @@ func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version 
 			"direct-tcpip":                   s.channel(s.refuseForward),
 			"direct-streamlocal@openssh.com": s.channel(s.refuseForward),
 			"default": s.channel(func(c *conn, _ *ssh.ServerConn, nc ssh.NewChannel) {
-				c.log.Info("channel refused", "type", nc.ChannelType(), "why", "unknown type")
+				c.log.Info("channel refused", "type", short(nc.ChannelType()), "why", "unknown type")
 				nc.Reject(ssh.UnknownChannelType, "this server has no channels of type "+quoteShort(nc.ChannelType()))
 			}),
 		},
@@ -79,7 +79,7 @@ func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version 
 			"default": s.global(func(c *conn, req *ssh.Request) bool {
 				// keepalive@openssh.com arrives here: any answer keeps the client content, and
 				// OpenSSH's sshd answers it with a failure too.
-				c.log.Debug("global request refused", "type", quoteShort(req.Type))
+				c.log.Debug("global request refused", "type", short(req.Type))
 				return false
 			}),
 		},
@@ -213,7 +213,7 @@ func (s *server) global(h func(*conn, *ssh.Request) bool) gssh.RequestHandler {
 }
 
 func (s *server) refuseForward(c *conn, _ *ssh.ServerConn, nc ssh.NewChannel) {
-	c.log.Info("channel refused", "type", nc.ChannelType(), "why", "forwarding is not available")
+	c.log.Info("channel refused", "type", short(nc.ChannelType()), "why", "forwarding is not available")
 	nc.Reject(ssh.Prohibited, "this server does not forward connections")
 }
 
@@ -223,7 +223,8 @@ type conn struct {
 	srv    *server
 	log    *slog.Logger
 	opened time.Time
-	in     atomic.Int64 // bytes read from the client
+	ids    atomic.Uint64 // of its sessions
+	in     atomic.Int64  // bytes read from the client
 	out    atomic.Int64
 	grace  *time.Timer // LoginGraceTime
 
@@ -351,11 +352,14 @@ func (c *conn) guard(what string) {
 	}
 }
 
-// quoteShort makes a peer's text fit to be shown or logged.
-func quoteShort(s string) string {
+// short cuts a peer's text for the log, which quotes it.
+func short(s string) string {
 	const most = 64
 	if len(s) > most {
-		s = s[:most] + "..."
+		return s[:most] + "..."
 	}
-	return fmt.Sprintf("%q", s)
+	return s
 }
+
+// quoteShort makes a peer's text fit to stand in a message.
+func quoteShort(s string) string { return fmt.Sprintf("%q", short(s)) }

@@ -39,11 +39,19 @@ type session struct {
 	out    *screen       // the channel's standard output
 
 	mu          sync.Mutex
-	proc        *jail.Process
+	proc        process
 	interactive bool       // a shell on a terminal: somebody looks at it
 	files       []*os.File // our ends; closed when the client is gone
 	pumps       []*pump
 	gone        bool // the client closed the channel
+}
+
+// process is a command in the jail, *jail.Process.
+type process interface {
+	PTY() *os.File
+	Resize(cols, rows, xpixel, ypixel uint32) error
+	Signal(unix.Signal) error
+	Wait() jail.Exit
 }
 
 // screen serialises writers to the standard output of a channel: the command's output and
@@ -85,7 +93,7 @@ func (s *server) serveSession(c *conn, sc *ssh.ServerConn, nc ssh.NewChannel) {
 	}
 	ss := &session{
 		c: c, login: l,
-		log:     c.log.With("session", s.ids.Add(1)),
+		log:     c.log.With("session", c.ids.Add(1)),
 		events:  make(chan struct{}, 1),
 		signals: make(chan unix.Signal, 16),
 	}
@@ -146,7 +154,7 @@ func (ss *session) request(typ string, payload []byte) (ok bool, then func()) {
 		if typ == "exec" || typ == "shell" || typ == "subsystem" {
 			level = slog.LevelWarn
 		}
-		ss.log.Log(nil, level, "request refused", "type", quoteShort(typ), "err", err)
+		ss.log.Log(nil, level, "request refused", "type", short(typ), "err", err)
 	}
 	return err == nil, then
 }
@@ -226,7 +234,7 @@ func (ss *session) requestSignal(payload []byte) error {
 	}
 }
 
-func (ss *session) process() *jail.Process {
+func (ss *session) process() process {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	return ss.proc
@@ -341,6 +349,9 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 	closeAll(theirs)
 	if err != nil {
 		closeAll(ours)
+		if errors.Is(err, jail.ErrTooLong) {
+			return ss.tooLong, nil
+		}
 		return nil, err
 	}
 	kind := map[jail.Kind]string{jail.Shell: "shell", jail.Exec: "exec", jail.SFTP: "sftp"}[req.Kind]
@@ -363,8 +374,21 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 	return func() { ss.run(proc, stdin, req.TTY != nil) }, nil
 }
 
+// exitNotExecutable is what a shell returns when a command cannot be executed (POSIX sh).
+const exitNotExecutable = 126
+
+// tooLong ends a session whose command the kernel cannot execute, as a shell would. To
+// refuse the request would look like a broken connection to Ansible.
+func (ss *session) tooLong() {
+	fmt.Fprintln(ss.ch.Stderr(), "sshd: the command is too long to be executed")
+	ss.ch.CloseWrite()
+	ss.sendExit(jail.Exit{Code: exitNotExecutable})
+	ss.c.release(ss)
+	ss.ch.Close()
+}
+
 // run starts the goroutines of a running command.
-func (ss *session) run(proc *jail.Process, stdin *os.File, tty bool) {
+func (ss *session) run(proc process, stdin *os.File, tty bool) {
 	for _, p := range ss.pumps {
 		go p.run()
 	}
@@ -404,7 +428,7 @@ func (ss *session) run(proc *jail.Process, stdin *os.File, tty bool) {
 const ptyLinger = time.Second
 
 // wait sees the command to its end and the channel after it.
-func (ss *session) wait(proc *jail.Process, stdin *os.File, tty bool) {
+func (ss *session) wait(proc process, stdin *os.File, tty bool) {
 	began := time.Now()
 	exit := proc.Wait()
 	if !tty {
