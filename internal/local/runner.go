@@ -58,18 +58,24 @@ type pod struct {
 }
 
 func newProcessRunner(c runnerConfig) (*processRunner, error) {
-	if os.Geteuid() != 0 {
-		return nil, errNeedRoot
-	}
-	for _, name := range []string{"sidecar", "sshd"} {
-		if st, err := os.Stat(filepath.Join(c.world.bin, name)); err != nil || !st.Mode().IsRegular() || st.Mode()&0o111 == 0 {
-			return nil, fmt.Errorf("program %s: not found beside imslocal in %s; build it with `make build`", name, c.world.bin)
-		}
-	}
 	if err := os.MkdirAll(c.dir, 0o700); err != nil {
 		return nil, err
 	}
 	return &processRunner{runnerConfig: c, pods: map[string]*pod{}}, nil
+}
+
+// checkMachine refuses a machine that cannot run pods. bin is where sidecar and
+// sshd must be.
+func checkMachine(bin string) error {
+	if os.Geteuid() != 0 {
+		return errNeedRoot
+	}
+	for _, name := range []string{"sidecar", "sshd"} {
+		if st, err := os.Stat(filepath.Join(bin, name)); err != nil || !st.Mode().IsRegular() || st.Mode()&0o111 == 0 {
+			return fmt.Errorf("program %s: not found beside imslocal in %s; build it with `make build`", name, bin)
+		}
+	}
+	return nil
 }
 
 // Reserve implements Runner: it chooses the port.

@@ -73,8 +73,13 @@ func start(ctx context.Context, c Config) (_ *world, err error) {
 	default:
 		return nil, fmt.Errorf("unknown runner %q; use --runner process", c.Runner)
 	}
-	if os.Geteuid() != 0 {
-		return nil, errNeedRoot
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	bin := filepath.Dir(self)
+	if err := checkMachine(bin); err != nil {
+		return nil, err
 	}
 	if c.Data, err = filepath.Abs(c.Data); err != nil {
 		return nil, err
@@ -109,7 +114,7 @@ func start(ctx context.Context, c Config) (_ *world, err error) {
 		clientID: w.secrets.ClientID, secret: w.secrets.ClientSecret,
 		tokenLife: tokenLife, trusted: addr.IP.IsLoopback(),
 	})
-	if w.runner, err = w.newRunner(c, a.endJob); err == nil {
+	if w.runner, err = w.newRunner(c, bin, a.endJob); err == nil {
 		a.runner = w.runner
 		err = w.recover(a)
 	}
@@ -122,11 +127,7 @@ func start(ctx context.Context, c Config) (_ *world, err error) {
 	return w, nil
 }
 
-func (w *world) newRunner(c Config, ended func(jobID, reason string)) (*processRunner, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
+func (w *world) newRunner(c Config, bin string, ended func(jobID, reason string)) (*processRunner, error) {
 	var mu sync.Mutex
 	return newProcessRunner(runnerConfig{
 		dir: filepath.Join(c.Data, "jobs"), port: c.SSHPort, log: c.Log, ended: ended,
@@ -140,7 +141,7 @@ func (w *world) newRunner(c Config, ended func(jobID, reason string)) (*processR
 			clientID: w.secrets.ClientID, secret: w.secrets.ClientSecret,
 			s3Endpoint: w.store.endpoint, s3: w.store.keys,
 			ca: []byte(w.secrets.CA), remoteKey: []byte(w.secrets.RemoteKey),
-			bin: filepath.Dir(self), hide: []string{c.Data},
+			bin: bin, hide: []string{c.Data},
 		},
 	})
 }
