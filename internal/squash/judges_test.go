@@ -30,8 +30,8 @@ func kernelMount(t testing.TB, image string) string {
 	return dir
 }
 
-// judge has the kernel, unsquashfs and rdsquashfs read an image, which must
-// give them the tree at want.
+// judge has the kernel, unsquashfs, our own reader and rdsquashfs read an
+// image, which must give them the tree at want.
 func judge(t *testing.T, image, want string) {
 	t.Helper()
 	testkit.NeedRoot(t)
@@ -59,6 +59,12 @@ func judge(t *testing.T, image, want string) {
 	dir := filepath.Join(t.TempDir(), "unsquashfs")
 	run(t, "unsquashfs", "-no-progress", "-quiet", "-strict-errors", "-dest", dir, image)
 	compare("unsquashfs", dir)
+
+	dir = filepath.Join(t.TempDir(), "unpack")
+	if _, err := Unpack(t.Context(), openImage(t, image), dir, UnpackOptions{}); err != nil {
+		t.Errorf("our own reader: %v", err)
+	}
+	compare("our own reader", dir)
 
 	// rdsquashfs 1.2.0 knows no hard links when unpacking, sets no xattrs on
 	// symlinks and cannot quote every name: a listing without error will do.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -63,6 +64,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.Workers == 0 {
 		o.Workers = runtime.GOMAXPROCS(0)
+	}
+	if o.Epoch != nil && int64(clampTime(o.Epoch.Unix())) != o.Epoch.Unix() {
+		return o, fmt.Errorf("epoch %d: SquashFS holds times from 0 to %d", o.Epoch.Unix(), uint32(math.MaxUint32))
 	}
 	if o.Workers < 0 || o.MemoryLimit < 0 {
 		return o, fmt.Errorf("%d workers with %d bytes: neither can be negative", o.Workers, o.MemoryLimit)

@@ -214,6 +214,7 @@ func TestPackLimits(t *testing.T) {
 		"root is a file":    {src: memSource{memFile(".", nil)}, want: "the root must come first in the walk, and be a directory"},
 		"linked directory":  {src: memSource{{Path: "d", Mode: unix.S_IFDIR, Link: LinkID{1, 1}}}, want: "d: a directory cannot have hard links"},
 		"block size":        {opt: Options{BlockSize: 5000}, want: "block size 5000"},
+		"epoch":             {opt: Options{Epoch: new(time.Unix(1<<32, 0))}, want: "epoch 4294967296"},
 		"workers":           {opt: Options{Workers: -1}, want: "-1 workers"},
 		"compressor":        {opt: Options{Compressor: LZMA}, want: "writing lzma is not built in"},
 		"compression level": {opt: Options{Level: 99}, want: "gzip level 99"},

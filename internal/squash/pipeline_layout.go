@@ -99,6 +99,7 @@ type layout struct {
 	words  []uint32
 	sparse uint64
 	sum    contentSum
+	passed int64 // bytes, for progress
 }
 
 func (l *layout) run(ctx context.Context) error {
@@ -123,12 +124,13 @@ func (l *layout) step(ctx context.Context, it item) error {
 	case itemFragment:
 		return l.fragment(ctx, it.block)
 	case itemLarge:
-		l.progress(it.ino)
+		l.progress(it.ino.size - l.passed)
+		l.passed = 0
 		return l.largeFile(it.ino, it.rec)
 	case itemCopy:
 		w.stats.Duplicates++
 		w.stats.DuplicateBytes += it.ino.size
-		l.progress(it.ino)
+		l.progress(it.ino.size)
 		r := it.rec.inode
 		return w.writeInode(it.ino, &r)
 	case itemSmall:
@@ -136,7 +138,7 @@ func (l *layout) step(ctx context.Context, it item) error {
 			w.stats.Duplicates++
 			w.stats.DuplicateBytes += it.ino.size
 		}
-		l.progress(it.ino)
+		l.progress(it.ino.size)
 		return w.writeInode(it.ino, &inodeRecord{Size: uint64(it.ino.size), Fragment: it.place.index, FragOffset: it.place.offset})
 	case itemOther:
 		if it.ino.typ == typeFile {
@@ -162,8 +164,8 @@ func (l *layout) largeFile(ino *inode, rec *layoutRecord) error {
 	return err
 }
 
-func (l *layout) progress(ino *inode) {
-	l.w.out.done += ino.size
+func (l *layout) progress(n int64) {
+	l.w.out.done += n
 	if l.w.opt.Progress != nil {
 		l.w.opt.Progress(l.w.out.done, l.w.out.total)
 	}
@@ -174,6 +176,8 @@ func (l *layout) dataBlock(ctx context.Context, b *block) error {
 		return err
 	}
 	defer func() { l.p.free <- b }()
+	l.passed += int64(b.n)
+	l.progress(int64(b.n))
 	if b.zero {
 		l.holes(1)
 		return nil

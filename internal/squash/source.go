@@ -8,8 +8,8 @@ import (
 )
 
 // Source is a tree to be packed: metadata, and where each file's bytes come
-// from. A source is walked once and its contents are opened in the order of
-// that walk.
+// from. It can be walked again. Contents are best opened in the order of the
+// walk, and only one at a time.
 type Source interface {
 	// Walk calls fn for every name in the tree: the root first, each directory
 	// before what is in it, the names of a directory in byte order. It ends

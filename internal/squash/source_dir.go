@@ -102,7 +102,14 @@ func (s *dirSource) Walk(ctx context.Context, fn func(*Entry) error) error {
 	if err := fn(&e); err != nil {
 		return err
 	}
-	return s.walkDir(ctx, s.fd, s.root, ".", fn)
+	// Reading a directory moves the descriptor's offset, and this is not the
+	// last walk, so it gets one of its own.
+	fd, err := openDir(s.fd, ".")
+	if err != nil {
+		return &fs.PathError{Op: "open directory", Path: ".", Err: err}
+	}
+	defer unix.Close(fd)
+	return s.walkDir(ctx, fd, s.root, ".", fn)
 }
 
 // walkDir yields what is in the directory open at fd.

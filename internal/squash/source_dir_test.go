@@ -3,6 +3,7 @@
 package squash
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -228,6 +230,15 @@ func TestDirSourceExclude(t *testing.T) {
 	}
 	if want := []string{".", "keep", "keep/tmp", "l"}; !slices.Equal(got, want) {
 		t.Errorf("packed %q, want %q", got, want)
+	}
+}
+
+func TestDirSourceTwice(t *testing.T) {
+	src := dirSourceOf(t, plainTree(t), DirOptions{})
+	epoch := time.Unix(1<<30, 0)
+	first, _ := packMem(t, src, Options{Epoch: &epoch})
+	if second, _ := packMem(t, src, Options{Epoch: &epoch}); !bytes.Equal(first.b, second.b) {
+		t.Errorf("%d bytes, then %d", len(first.b), len(second.b))
 	}
 }
 

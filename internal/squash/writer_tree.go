@@ -174,6 +174,7 @@ func (t *inventory) place(e *Entry) (parent *inode, name string, err error) {
 	case name <= t.last[depth-1]:
 		return nil, "", fmt.Errorf("%s: came after %q in the walk: names must be unique and in byte order", e.Path, t.last[depth-1])
 	}
+	name = strings.Clone(name) // the path is not kept
 	t.last[depth-1] = name
 	return t.stack[depth-1], name, nil
 }
