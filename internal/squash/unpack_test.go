@@ -48,19 +48,7 @@ func edgeTree(t testing.TB) string {
 		lines = append(lines, fmt.Sprintf("file ids/%d 0644 x", i), fmt.Sprintf("owner ids/%d %d:%d", i, i+100000, i+200000))
 	}
 	treekit.Make(t, dir, lines...)
-	largeXattrs(t, dir)
 	return dir
-}
-
-// largeXattrs adds values of 60 KiB where the file system can hold them.
-func largeXattrs(t testing.TB, dir string) {
-	for i := range 3 {
-		err := unix.Lsetxattr(filepath.Join(dir, fmt.Sprintf("many/file-%04d", 100+i)), "user.large", bytes.Repeat([]byte("0123456789ab"), 5000+i/2), 0)
-		if err != nil {
-			t.Logf("no large extended attributes here: %v", err)
-			return
-		}
-	}
 }
 
 // unpackTo unpacks an image with options into a new directory.
@@ -250,18 +238,74 @@ func TestUnpackRefusals(t *testing.T) {
 	}
 }
 
-// A target without room ends in an error that names the file and the cause.
-func TestUnpackNoSpace(t *testing.T) {
+// mountTmpfs mounts a tmpfs until the test ends.
+func mountTmpfs(t testing.TB, options string) string {
+	t.Helper()
 	testkit.NeedRoot(t)
-	testkit.NeedTool(t, "mount", "umount")
-	img := openImage(t, mksquashfs(t, plainTree(t)))
+	testkit.NeedTool(t, "umount")
 	mnt := t.TempDir()
-	if err := unix.Mount("tmpfs", mnt, "tmpfs", 0, "size=1m"); err != nil {
+	if err := unix.Mount("tmpfs", mnt, "tmpfs", 0, options); err != nil {
+		if testkit.InCI() {
+			t.Fatalf("mount a tmpfs: %v", err)
+		}
 		t.Skipf("this machine cannot mount: %v", err)
 	}
 	t.Cleanup(func() { run(t, "umount", mnt) })
+	return mnt
+}
+
+// Values larger than a metadata block, which ext4 cannot hold.
+func TestUnpackLargeXattrs(t *testing.T) {
+	mnt := mountTmpfs(t, "")
+	dir := filepath.Join(mnt, "source")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 8 {
+		name := filepath.Join(dir, fmt.Sprint(i))
+		if err := os.WriteFile(name, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		for j := range 5 {
+			value := bytes.Repeat([]byte{byte(i / 4), byte(j)}, 30000+100*j)
+			if err := unix.Lsetxattr(name, fmt.Sprintf("trusted.large%d", j), value, 0); err != nil {
+				t.Skipf("this tmpfs has no large extended attributes: %v", err)
+			}
+		}
+	}
+	for _, args := range [][]string{{}, {"-noX"}, {"-comp", "zstd"}} {
+		img := openImage(t, mksquashfs(t, dir, args...))
+		if err := Verify(t.Context(), img, false); err != nil {
+			t.Fatal(err)
+		}
+		out := filepath.Join(mnt, "root"+strings.Join(args, ""))
+		if _, err := Unpack(t.Context(), img, out, UnpackOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		treekit.Equal(t, dir, out, treekit.Seconds)
+	}
+}
+
+func openFDs(t testing.TB) int {
+	t.Helper()
+	list, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(list)
+}
+
+// A target without room ends in an error that names the file and the cause,
+// and leaves no file open.
+func TestUnpackNoSpace(t *testing.T) {
+	mnt := mountTmpfs(t, "size=1m")
+	img := openImage(t, mksquashfs(t, plainTree(t)))
+	before := openFDs(t)
 	_, err := Unpack(t.Context(), img, filepath.Join(mnt, "root"), UnpackOptions{})
 	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "left incomplete") {
 		t.Errorf("%v", err)
+	}
+	if after := openFDs(t); after != before {
+		t.Errorf("%d files open, %d were before", after, before)
 	}
 }
