@@ -114,7 +114,7 @@ func newRun(cfg config.Sidecar, deps Deps) (*run, error) {
 	r.key = stateKey(cfg.S3.SecretKey.Reveal())
 	var errs []error
 	if r.ims == nil {
-		c, err := newIMS(cfg, r.log)
+		c, err := NewIMS(cfg, r.log)
 		if err == nil {
 			r.ims = c
 		}
@@ -130,7 +130,8 @@ func newRun(cfg config.Sidecar, deps Deps) (*run, error) {
 	return r, errors.Join(errs...)
 }
 
-func newIMS(cfg config.Sidecar, log *slog.Logger) (*ims.Client, error) {
+// NewIMS makes the IMS client a configuration describes.
+func NewIMS(cfg config.Sidecar, log *slog.Logger) (*ims.Client, error) {
 	return ims.New(ims.Config{
 		BaseURL: cfg.IMSURL, CAFile: cfg.CACert, Timeout: cfg.Timeout, Log: log,
 		OAuth: ims.OAuth{Endpoint: cfg.OAuth.Endpoint, ClientID: cfg.OAuth.ClientID, ClientSecret: cfg.OAuth.ClientSecret.Reveal()},

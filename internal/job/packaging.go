@@ -81,7 +81,7 @@ func (r *run) pack(ctx context.Context, root *imageroot.Root) (*os.File, int64, 
 	}
 	defer src.Close()
 	bar := r.progress("packing", 0)
-	stats, err := squash.PackFile(ctx, src, r.packedPath(), squash.Options{Progress: bar.Update})
+	stats, err := squash.PackFile(ctx, src, r.packedPath(), squash.Options{MemoryLimit: cgroupMemory() / 4, Progress: bar.Update})
 	if err != nil {
 		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 			err = fmt.Errorf("%w; %s", err, moreSpace)

@@ -96,7 +96,7 @@ func SetStatus(ctx context.Context, cfg config.Sidecar, deps Deps, jobID string,
 		c := deps.IMS
 		if c == nil {
 			var err error
-			if c, err = newIMS(cfg, deps.Log); err != nil {
+			if c, err = NewIMS(cfg, deps.Log); err != nil {
 				return err
 			}
 		}

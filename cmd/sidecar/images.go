@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/config"
+	"github.com/ims-buildenv/ims-buildenv/internal/progress"
+	"github.com/ims-buildenv/ims-buildenv/internal/squash"
+)
+
+// packFlags is what pack can be told.
+type packFlags struct {
+	compressor    string
+	level         int
+	blockSize     string
+	workers       int
+	excludeFile   string
+	oneFileSystem bool
+	epoch         string
+	json          bool
+}
+
+func newPack() *cobra.Command {
+	var f packFlags
+	var opt squash.Options
+	c := &cobra.Command{
+		Use:   "pack [flags] SOURCE IMAGE",
+		Short: "Pack a directory as a SquashFS image",
+		Long: `pack writes the tree below the directory SOURCE to IMAGE: owners, modes, hard
+links, devices, extended attributes and holes as they are. IMAGE appears whole
+or not at all, after its structure has been read back. The same tree and --epoch
+give the same bytes, whatever the number of workers.`,
+		Example: `  sidecar pack rootfs/ image.sqsh
+  sidecar pack --compressor zstd --block-size 1M --epoch 0 rootfs/ image.sqsh
+  sidecar pack --exclude-file site-excludes --one-file-system / host.sqsh`,
+		Args: cobra.ExactArgs(2),
+		PreRunE: func(*cobra.Command, []string) (err error) {
+			opt, err = f.options()
+			return err
+		},
+		RunE: work(func(cmd *cobra.Command, args []string) error { return pack(cmd.Context(), f, opt, args[0], args[1]) }),
+	}
+	fl := c.Flags()
+	fl.StringVar(&f.compressor, "compressor", "gzip", "gzip, xz, zstd, lz4 or none")
+	fl.IntVar(&f.level, "level", 0, "compression level; 0 is the compressor's default")
+	fl.StringVar(&f.blockSize, "block-size", "128K", "4K to 1M, a power of two")
+	fl.IntVar(&f.workers, "workers", 0, "parallel compressors; 0 follows the cgroup's processor quota")
+	fl.StringVar(&f.excludeFile, "exclude-file", "", "file with one path or pattern to leave out per line")
+	fl.BoolVar(&f.oneFileSystem, "one-file-system", false, "leave out what is mounted inside SOURCE")
+	fl.StringVar(&f.epoch, "epoch", "", "time of the image and latest time of its files, in seconds since 1970 (default $SOURCE_DATE_EPOCH)")
+	fl.BoolVar(&f.json, "json", false, "print statistics as JSON")
+	return c
+}
+
+func (f packFlags) options() (opt squash.Options, err error) {
+	if opt.Compressor, err = squash.ParseCompressor(f.compressor); err != nil {
+		return opt, fmt.Errorf("--compressor: %w", err)
+	}
+	if opt.BlockSize, err = parseSize(f.blockSize); err != nil {
+		return opt, fmt.Errorf("--block-size: %w", err)
+	}
+	if f.workers < 0 {
+		return opt, errors.New("--workers: must not be negative")
+	}
+	opt.Level, opt.Workers = f.level, f.workers
+	if f.epoch == "" {
+		opt.Epoch, err = config.SourceDateEpoch()
+		return opt, err
+	}
+	n, err := strconv.ParseInt(f.epoch, 10, 64)
+	if err != nil {
+		return opt, fmt.Errorf("--epoch %q: must be seconds since 1970", f.epoch)
+	}
+	t := time.Unix(n, 0).UTC()
+	opt.Epoch = &t
+	return opt, nil
+}
+
+// parseSize reads a number of bytes with an optional K or M.
+func parseSize(s string) (int, error) {
+	digits := strings.TrimRight(strings.ToUpper(s), "KM")
+	n, err := strconv.Atoi(digits)
+	switch unit := strings.ToUpper(s[len(digits):]); {
+	case err != nil || n <= 0 || n > 1<<20 || len(unit) > 1:
+		return 0, fmt.Errorf("%q is not a size such as 131072, 128K or 1M", s)
+	case unit == "K":
+		n <<= 10
+	case unit == "M":
+		n <<= 20
+	}
+	return n, nil
+}
+
+func pack(ctx context.Context, f packFlags, opt squash.Options, source, image string) error {
+	info, err := os.Stat(source)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("pack %s: not a directory; unpack it first, as only directories can be packed", source)
+	}
+	exclude, err := readExcludes(f.excludeFile)
+	if err != nil {
+		return err
+	}
+	src, err := squash.DirSource(source, squash.DirOptions{OneFileSystem: f.oneFileSystem, Exclude: exclude})
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	bar := progress.New(stderr, "packing", 0)
+	opt.Progress = bar.Update
+	stats, err := squash.PackFile(ctx, src, image, opt)
+	if err != nil {
+		return err
+	}
+	bar.Finish()
+	if f.json {
+		return printJSON(stats)
+	}
+	for _, w := range stats.Warnings {
+		fmt.Fprintln(stderr, "sidecar:", w)
+	}
+	fmt.Printf("%s: %d inodes, %d bytes of files in %d bytes, %d duplicate files stored once\n",
+		image, stats.Inodes, stats.BytesIn, stats.BytesOut, stats.Duplicates)
+	return nil
+}
+
+// readExcludes reads paths relative to the packed root, one a line, with the
+// wildcards of path.Match; a leading slash and comments with # are allowed.
+func readExcludes(name string) (func(string) bool, error) {
+	if name == "" {
+		return nil, nil
+	}
+	file, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	var patterns []string
+	lines := bufio.NewScanner(file)
+	for n := 1; lines.Scan(); n++ {
+		p := strings.TrimSpace(lines.Text())
+		if p == "" || p[0] == '#' {
+			continue
+		}
+		p = path.Clean(strings.TrimPrefix(p, "/"))
+		if _, err := path.Match(p, ""); err != nil || p == "." || p == ".." || strings.HasPrefix(p, "../") {
+			return nil, fmt.Errorf("%s line %d: %q is not a path or pattern below the packed root", name, n, lines.Text())
+		}
+		patterns = append(patterns, p)
+	}
+	return func(p string) bool {
+		for _, pattern := range patterns {
+			if ok, _ := path.Match(pattern, p); ok { // patterns were checked above
+				return true
+			}
+		}
+		return false
+	}, lines.Err()
+}
+
+func newUnpack() *cobra.Command {
+	return &cobra.Command{
+		Use:   "unpack IMAGE DIR",
+		Short: "Unpack a SquashFS image into an empty or new directory",
+		Long: `unpack restores owners, modes, times, extended attributes, hard links, devices
+and holes. Nothing outside DIR is written, whatever the image holds.`,
+		Example: `  sidecar unpack image.sqsh rootfs/`,
+		Args:    cobra.ExactArgs(2),
+		RunE: work(func(cmd *cobra.Command, args []string) error {
+			return withImage(args[0], func(img *squash.Image) error {
+				bar := progress.New(stderr, "unpacking", 0)
+				stats, err := squash.Unpack(cmd.Context(), img, args[1], squash.UnpackOptions{
+					Progress: bar.Update, Log: config.NewLogger(stderr, 0),
+				})
+				if err != nil {
+					return err
+				}
+				bar.Finish()
+				fmt.Printf("%s: %d files, %d directories, %d links, %d bytes\n", args[1], stats.Files, stats.Dirs, stats.Symlinks, stats.Bytes)
+				return nil
+			})
+		}),
+	}
+}
+
+func newInspect() *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:     "inspect IMAGE",
+		Short:   "Show what a SquashFS image says of itself",
+		Example: `  sidecar inspect --json image.sqsh | jq .compressor`,
+		Args:    cobra.ExactArgs(1),
+		RunE: work(func(_ *cobra.Command, args []string) error {
+			return withImage(args[0], func(img *squash.Image) error {
+				info := img.Info()
+				if asJSON {
+					return printJSON(info)
+				}
+				w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+				fmt.Fprintf(w, "compressor\t%s\nblock size\t%d\ncreated\t%s\nsize\t%d bytes\n", info.Compressor, info.BlockSize, info.Created.Format(time.RFC3339), info.BytesUsed)
+				fmt.Fprintf(w, "inodes\t%d\nfragment blocks\t%d\nuids and gids\t%d\nxattr sets\t%d\nflags\t%s\n", info.Inodes, info.Fragments, info.IDs, info.XattrIDs, strings.Join(info.Flags, " "))
+				return w.Flush()
+			})
+		}),
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print as JSON")
+	return c
+}
+
+func newVerify() *cobra.Command {
+	return &cobra.Command{
+		Use:   "verify IMAGE",
+		Short: "Check a whole SquashFS image: every table, inode and byte",
+		Long: `verify reads everything an image holds and reports the first thing that is
+wrong. Exit code 0 means that nothing is.`,
+		Example: `  sidecar verify image.sqsh`,
+		Args:    cobra.ExactArgs(1),
+		RunE: work(func(cmd *cobra.Command, args []string) error {
+			return withImage(args[0], func(img *squash.Image) error {
+				if err := squash.Verify(cmd.Context(), img, false); err != nil {
+					return err
+				}
+				fmt.Printf("%s: ok, %d inodes\n", args[0], img.Info().Inodes)
+				return nil
+			})
+		}),
+	}
+}
+
+func withImage(name string, do func(*squash.Image) error) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if info.IsDir() {
+		return fmt.Errorf("%s: a directory, not a SquashFS image", name)
+	}
+	img, err := squash.Open(f, info.Size())
+	if err == nil {
+		err = do(img)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+func printJSON(v any) error {
+	e := json.NewEncoder(os.Stdout)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command sidecar is the init container `prepare` and the container
+// `buildenv-sidecar` of an IMS job, and a set of tools for SquashFS images. It
+// parses flags and the environment and makes one call; it refuses arguments it
+// does not know with exit code 2. A job that fails exits with 1, a job its user
+// gave up with 0.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	code := run(ctx, os.Args)
+	stop()
+	os.Exit(code)
+}
+
+// Exit codes beside those of package job.
+const (
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+// exitCode is how a command that reported for itself ends.
+type exitCode int
+
+func (c exitCode) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
+
+// failure is an error of the work, as opposed to one of the command line.
+type failure struct{ error }
+
+func run(ctx context.Context, args []string) int {
+	root := newRoot()
+	root.SetArgs(legacyArgs(args))
+	err := root.ExecuteContext(ctx)
+	var code exitCode
+	var f failure
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &code):
+		return int(code)
+	case errors.As(err, &f):
+		fmt.Fprintf(os.Stderr, "sidecar: %v\n", f.error)
+		return exitFailure
+	}
+	fmt.Fprintf(os.Stderr, "sidecar: %v\nTry 'sidecar --help'.\n", err)
+	return exitUsage
+}
