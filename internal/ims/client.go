@@ -151,6 +151,9 @@ func (c *Client) do(ctx context.Context, k call) error {
 		if err == nil {
 			return struct{}{}, nil
 		}
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
 		if ctx.Err() != nil || !retryable(err) {
 			return struct{}{}, backoff.Permanent(err)
 		}
@@ -168,6 +171,9 @@ func (c *Client) do(ctx context.Context, k call) error {
 	if err != nil {
 		if k.method == http.MethodDelete && isStatus(err, http.StatusNotFound) {
 			return nil
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("%s: %w", op, err)
 		}
 		return explain(op, err)
 	}
@@ -277,8 +283,6 @@ func explain(op string, err error) error {
 		return fmt.Errorf("%s: %w", op, err)
 	case errors.As(err, &cert):
 		return fmt.Errorf("%s: %w; set CA_CERT to the certificate authority of the API gateway", op, err)
-	case errors.Is(err, context.Canceled):
-		return fmt.Errorf("%s: %w", op, err)
 	}
 	return fmt.Errorf("%s: reach IMS: %w; check IMS_URL or API_GATEWAY_HOSTNAME and that the service is up", op, err)
 }
