@@ -21,6 +21,9 @@ import (
 // very inode can be moved there and back with all that belongs to it.
 const ResolvBackup = ".ims-resolv.conf"
 
+// ResolvBackupSaved is where the image's own file itself is, beside ResolvBackup.
+const ResolvBackupSaved = ResolvBackup + savedName
+
 const (
 	resolvPath = "/etc/resolv.conf"
 	savedName  = ".saved" // suffix of the moved inode; the name itself holds our note
