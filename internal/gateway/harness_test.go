@@ -111,6 +111,33 @@ type options struct {
 // start runs a job until its port listens; it ends with the test.
 func start(t testing.TB, o options) *job {
 	t.Helper()
+	j := launch(t, o)
+	j.awaitLog("msg=listening")
+	return j
+}
+
+// startError is the error of a job that does not start.
+func startError(t testing.TB, o options) error {
+	t.Helper()
+	j := launch(t, o)
+	eventually(t, "Run ends or listens", func() bool {
+		select {
+		case <-j.ended:
+			return true
+		default:
+			return strings.Contains(j.log.String(), "msg=listening")
+		}
+	})
+	j.cancel()
+	<-j.ended
+	if strings.Contains(j.log.String(), "msg=listening") {
+		return nil
+	}
+	return j.err
+}
+
+func launch(t testing.TB, o options) *job {
+	t.Helper()
 	testkit.NeedRoot(t)
 	j := &job{t: t, parent: t.TempDir(), key: newKey(t), log: &logBuffer{}, ended: make(chan struct{})}
 	dir := t.TempDir()
@@ -163,7 +190,6 @@ func start(t testing.TB, o options) *job {
 			t.Logf("log of the gateway:\n%s", j.log)
 		}
 	})
-	j.awaitLog("listening")
 	return j
 }
 
@@ -256,7 +282,7 @@ func (j *job) tool(name string, args ...string) *exec.Cmd {
 	}
 	base := []string{
 		"-F", "none", portFlag, port, "-i", j.key.path, "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none",
-		"-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes",
+		"-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes",
 	}
 	cmd := exec.Command(name, append(base, args...)...)
 	cmd.WaitDelay = 30 * time.Second
