@@ -43,13 +43,20 @@ func output(t *testing.T, s containerSetup) (string, exit) {
 	return log.String(), c.exit()
 }
 
-func mountTable(t *testing.T) string {
+// noMounts checks that none of the test's mounts shows in this namespace.
+func noMounts(t *testing.T, paths ...string) {
 	t.Helper()
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return string(b)
+	for line := range strings.Lines(string(b)) {
+		for _, path := range append(paths, "/mnt/image", "/etc/cray") {
+			if strings.Contains(line, path) {
+				t.Errorf("mounted on the host: %s", line)
+			}
+		}
+	}
 }
 
 func TestContainerHasExactlyItsEnvironment(t *testing.T) {
@@ -75,7 +82,6 @@ func TestContainerSeesItsMountsAndNotTheHost(t *testing.T) {
 		}
 	}
 	marker := "/etc/ims-buildenv-container-test"
-	before := mountTable(t)
 	got, how := output(t, shell(t, `
 		echo pid $$; hostname
 		cat /mnt/image/f /etc/cray/f /mnt/one
@@ -106,9 +112,7 @@ func TestContainerSeesItsMountsAndNotTheHost(t *testing.T) {
 		os.Remove(marker)
 		t.Errorf("the container wrote %s on the host", marker)
 	}
-	if after := mountTable(t); after != before {
-		t.Errorf("the host's mounts changed:\n%s\nwere\n%s", after, before)
-	}
+	noMounts(t, dir, hidden)
 }
 
 func TestContainerCapabilities(t *testing.T) {
@@ -169,27 +173,11 @@ func TestStopContainers(t *testing.T) {
 	}
 }
 
-// TestHelperParent is not a test: it is the process that TestKilledParent kills.
-func TestHelperParent(t *testing.T) {
-	scratch := os.Getenv("LOCAL_TEST_SCRATCH")
-	if scratch == "" {
-		t.Skip("runs only as a child of TestKilledParentLeavesNothing")
-	}
-	c, err := startContainer("test", containerSetup{Hostname: "pod", Scratch: scratch, Env: []string{"PATH=/usr/bin:/bin"},
-		Args: []string{"/bin/sh", "-c", "setsid sleep 1000 & setsid sleep 1000 & echo up; wait"}},
-		os.Stdout, func(string) {})
-	if err != nil {
-		t.Fatal(err)
-	}
-	<-c.done
-}
-
 func TestKilledParentLeavesNothing(t *testing.T) {
 	testkit.NeedRoot(t)
 	scratch := t.TempDir()
-	before := mountTable(t)
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestHelperParent$")
-	cmd.Env = append(os.Environ(), "LOCAL_TEST_SCRATCH="+scratch)
+	cmd := exec.Command("/proc/self/exe", modeTestParent, scratch)
+	cmd.Stderr = t.Output()
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -208,6 +196,7 @@ func TestKilledParentLeavesNothing(t *testing.T) {
 	if _, err := io.ReadFull(out, buf); err != nil || string(buf) != "up\n" {
 		t.Fatalf("helper said %q, %v", buf, err)
 	}
+	noMounts(t, scratch)
 	pids := descendants(t, cmd.Process.Pid)
 	if len(pids) < 3 {
 		t.Fatalf("the container has only the processes %v", pids)
@@ -216,9 +205,7 @@ func TestKilledParentLeavesNothing(t *testing.T) {
 	for _, pid := range pids {
 		waitGone(t, pid)
 	}
-	if after := mountTable(t); after != before {
-		t.Errorf("the host's mounts changed:\n%s\nwere\n%s", after, before)
-	}
+	noMounts(t, scratch)
 }
 
 // descendants lists the processes below pid.
