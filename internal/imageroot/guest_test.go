@@ -93,7 +93,7 @@ func TestInstallCAFromHostileMount(t *testing.T) {
 	if err := r.InstallCA(configMap(t, "symlink evil.crt "+canary(t))); err == nil {
 		t.Error("a link out of the mount was followed")
 	}
-	if err := r.InstallCA("/nonexistent"); err == nil || !strings.Contains(err.Error(), "ConfigMap") {
+	if err := r.InstallCA(filepath.Join(t.TempDir(), "none")); err == nil || !strings.Contains(err.Error(), "ConfigMap") {
 		t.Errorf("%v", err)
 	}
 }

@@ -118,6 +118,7 @@ func (r *run) prepare(ctx context.Context, rawURL string) error {
 	if err != nil {
 		return err
 	}
+	defer src.client.CloseIdleConnections()
 	if _, err := r.deps.Status.SetStatus(ctx, r.cfg.JobID, ims.FetchingImage); err != nil {
 		// The status informs people; the image is worth more than it.
 		r.log.Warn("the job's status could not be set", "status", ims.FetchingImage, "err", err)
