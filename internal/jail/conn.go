@@ -99,8 +99,8 @@ func (c *conn) send(o op, id uint32, m message, files ...*os.File) error {
 func (c *conn) recv() (packet, error) {
 	n, oobn, flags, _, err := c.c.ReadMsgUnix(c.buf, c.oob)
 	if err != nil {
-		if errors.Is(err, unix.ECONNRESET) {
-			err = io.EOF
+		if errors.Is(err, unix.ECONNRESET) || errors.Is(err, io.EOF) {
+			return packet{}, io.EOF
 		}
 		return packet{}, err
 	}

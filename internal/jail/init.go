@@ -66,12 +66,11 @@ type supervisor struct {
 	conn  *conn
 	level Level
 	root  *os.File // what sessions see as "/"
-	self  *os.File // this program
+	self  *os.File // namespaces: this program, which has no name inside
 	caps  uint64   // the bounding set of the sessions
 	dev   uint64   // of the image root
 	ino   uint64
 	env   []string
-	devs  *os.File // namespaces: the jail's own devpts
 
 	// onMain hands work to the main thread, the only one whose bounding set is cut: capabilities belong to threads.
 	onMain chan func()
@@ -204,11 +203,11 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 		return nil, err
 	}
 	s.level, s.env, s.dev, s.ino = m.level, m.env, m.dev, m.ino
-	if s.self, err = readonlyBinary(); err != nil {
-		return nil, err
-	}
 	switch s.level {
 	case Namespaces:
+		if s.self, err = readonlyBinary(); err != nil {
+			return nil, err
+		}
 		if notes, err = enterRoot(&m); err != nil {
 			return nil, err
 		}

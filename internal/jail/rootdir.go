@@ -52,6 +52,10 @@ func openImageDir(path string, log *slog.Logger) (*imageDir, error) {
 // fd is the directory's descriptor; f is never given to the poller, so Fd changes nothing.
 func (d *imageDir) fd() int { return int(d.f.Fd()) }
 
+// errImage means that the image itself prevents a confinement. No weaker one is tried: whoever made the image would choose
+// the level.
+var errImage = errors.New("nothing can be mounted on it; repair the image")
+
 // keepTimes runs change and gives the directory back the times it had.
 func keepTimes(dirfd int, change func() error) error {
 	var st unix.Stat_t
@@ -79,7 +83,7 @@ func (d *imageDir) makeMountPoints(names ...string) error {
 		case err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR:
 			continue
 		case err == nil:
-			return fmt.Errorf("/%s of the image is not a directory: nothing can be mounted on it; repair the image", name)
+			return fmt.Errorf("/%s of the image is not a directory: %w", name, errImage)
 		case !errors.Is(err, unix.ENOENT):
 			return fmt.Errorf("look at /%s of the image: %w", name, err)
 		}
@@ -211,7 +215,11 @@ func (d *imageDir) restore() error {
 	}
 	for _, name := range slices.Backward(d.made) {
 		err := keepTimes(d.fd(), func() error { return unix.Unlinkat(d.fd(), name, unix.AT_REMOVEDIR) })
-		if err != nil && !errors.Is(err, unix.ENOENT) {
+		switch {
+		case err == nil, errors.Is(err, unix.ENOENT):
+		case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ENOTEMPTY):
+			d.log.Warn("directory made for the sessions is theirs now: left in the image", "path", "/"+name)
+		default:
 			errs = append(errs, fmt.Errorf("remove /%s from the image: %w", name, err))
 		}
 	}
@@ -253,7 +261,7 @@ func (d *imageDir) restoreDev() error {
 	for _, name := range names {
 		was, ok := d.dev[name]
 		is := now[name]
-		if ok && was.mode&unix.S_IFMT == is.mode&unix.S_IFMT && was.rdev == is.rdev {
+		if ok && was.mode&unix.S_IFMT == is.mode&unix.S_IFMT && was.rdev == is.rdev && was.link == is.link {
 			continue
 		}
 		if err := saveTimes(path.Dir(name)); err != nil {

@@ -36,7 +36,7 @@ func (s *supervisor) spawn(id uint32, m *spawnMsg, files []*os.File) {
 	var ttyName string
 	if m.tty != nil {
 		var err error
-		master, slave, ttyName, err = openPTY(s.ptsDir(), m.tty, acct.ttyGID)
+		master, slave, ttyName, err = openPTY(ptsDir, m.tty, acct.ttyGID)
 		if err != nil {
 			s.refuse(id, err)
 			return
@@ -113,8 +113,9 @@ func (e *execError) code() uint32 {
 	return exitNotExecutable
 }
 
-// ptsDir is the devpts instance terminals come from.
-func (s *supervisor) ptsDir() string { return "/dev/pts" }
+// ptsDir is the devpts instance that terminals come from: the jail's own in the namespaces level, the container's in the
+// others.
+const ptsDir = "/dev/pts"
 
 // stdio fills std from the descriptors that came along, and with /dev/null.
 func (s *supervisor) stdio(m *spawnMsg, files []*os.File, std *[3]*os.File) (null *os.File, err error) {
@@ -221,13 +222,15 @@ func (s *supervisor) execSelf(m *spawnMsg, acct *account, std [3]*os.File) (int,
 	if m.kind == kindProbe {
 		argv = append(argv, m.command)
 	}
-	self, err := rawFD(s.self)
-	if err != nil {
-		return 0, err
-	}
-	program := "/proc/self/fd/" + strconv.Itoa(self)
-	if s.level != Chroot {
-		return syscall.ForkExec(program, argv, a)
+	switch s.level {
+	case Namespaces:
+		self, err := rawFD(s.self)
+		if err != nil {
+			return 0, err
+		}
+		return syscall.ForkExec("/proc/self/fd/"+strconv.Itoa(self), argv, a)
+	case Plain:
+		return syscall.ForkExec("/proc/self/exe", argv, a)
 	}
 	root, err := rawFD(s.root)
 	if err != nil {
@@ -243,7 +246,7 @@ func (s *supervisor) execSelf(m *spawnMsg, acct *account, std [3]*os.File) (int,
 	}
 	c := make(chan result)
 	go func() {
-		pid, err := syscall.ForkExec(program, argv, a)
+		pid, err := syscall.ForkExec("/proc/self/exe", argv, a)
 		c <- result{pid, err}
 	}()
 	r := <-c

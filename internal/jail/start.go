@@ -40,17 +40,15 @@ func Start(ctx context.Context, cfg Config) (*Jail, error) {
 	for _, level := range []Level{Namespaces, Chroot} {
 		j, err := establish(ctx, cfg, level)
 		if err == nil {
-			if len(reasons) > 0 {
-				cfg.Log.Info("stronger jail not possible here", "level", level, "reason", strings.Join(reasons, "; "))
-			}
+			cfg.Log.Info("jail", "level", level, "stronger", strings.Join(reasons, "; "))
 			return j, nil
 		}
 		reasons = append(reasons, fmt.Sprintf("%s: %v", level, err))
-		if errors.Is(err, errBreakout) || ctx.Err() != nil {
+		if errors.Is(err, errBreakout) || errors.Is(err, errImage) || ctx.Err() != nil {
 			break
 		}
 	}
-	return nil, fmt.Errorf("jail: %s; give the container CAP_SYS_CHROOT or CAP_SYS_ADMIN, or do not ask for a jail", strings.Join(reasons, "; "))
+	return nil, fmt.Errorf("jail: %s", strings.Join(reasons, "; "))
 }
 
 // levelCaps are the capabilities that building a level takes.
@@ -69,7 +67,7 @@ func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error
 		return nil, err
 	}
 	if missing != "" {
-		return nil, fmt.Errorf("the container lacks %s", missing)
+		return nil, fmt.Errorf("the container lacks %s; give it that, or do not ask for a jail", missing)
 	}
 	dir, err := openImageDir(cfg.Root, cfg.Log)
 	if err != nil {
