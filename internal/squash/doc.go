@@ -19,12 +19,15 @@
 //   - SquashFS before 4.0, and big-endian images.
 //   - LZMA and LZO images; xz images that use a BCJ filter.
 //   - Names longer than 256 bytes, symlink targets longer than 65,535 bytes,
-//     more than 65,535 different user and group ids, modification times
-//     outside 1970..2106: the format cannot hold them, so writing them is an
-//     error that names the path and the limit, never a silent change.
-//   - Extended attributes outside user., trusted. and security., which the
-//     format has no prefix for.
+//     more than 65,535 different user and group ids: the format cannot hold
+//     them, so writing them is an error that names the path and the limit.
+//   - A tree that changes while it is packed.
 //   - Appending to an image.
+//
+// Two losses are reported by path in [Stats], not refused, because roots in the
+// field have them: modification times outside 1970..2106 are moved to the
+// nearest end, and extended attributes outside user., trusted. and security.,
+// such as POSIX ACLs, are left out.
 //
 // The package knows nothing of where an image comes from or goes to.
 package squash

@@ -43,7 +43,7 @@ func fullTree(t testing.TB) string {
 func TestPackJudged(t *testing.T) {
 	dir := fullTree(t)
 	for _, opt := range []Options{
-		{}, {BlockSize: MinBlockSize}, {BlockSize: MaxBlockSize}, {Level: 12, Workers: 7},
+		{}, {BlockSize: MinBlockSize}, {BlockSize: MaxBlockSize}, {Level: maxGzipLevel, Workers: 7},
 		{Compressor: Zstd}, {Compressor: Zstd, Level: 19, BlockSize: MinBlockSize}, {Compressor: LZ4}, {Compressor: LZ4, Level: 9},
 	} {
 		t.Run(fmt.Sprintf("%v-%d-%d", opt.Compressor, opt.Level, opt.BlockSize), func(t *testing.T) {

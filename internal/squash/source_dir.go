@@ -49,10 +49,10 @@ func DirSource(root string, opt DirOptions) (Source, error) {
 }
 
 type dirSource struct {
-	fd      int
-	opt     DirOptions
-	mountID uint64 // of the root
-	root    *dirNode
+	fd     int
+	opt    DirOptions
+	rootSt unix.Statx_t
+	root   *dirNode
 
 	// The directory the last content was opened in stays open: contents are
 	// opened in the order of the walk.
@@ -90,13 +90,11 @@ const statMask = unix.STATX_BASIC_STATS | unix.STATX_MNT_ID
 
 // Walk implements Source.
 func (s *dirSource) Walk(ctx context.Context, fn func(*Entry) error) error {
-	var st unix.Statx_t
-	if err := unix.Statx(s.fd, "", unix.AT_EMPTY_PATH, statMask, &st); err != nil {
+	if err := unix.Statx(s.fd, "", unix.AT_EMPTY_PATH, statMask, &s.rootSt); err != nil {
 		return &fs.PathError{Op: "stat", Path: ".", Err: err}
 	}
-	s.mountID = st.Mnt_id
 	e := Entry{Path: "."}
-	if err := s.fill(&e, s.fd, ".", &st); err != nil {
+	if err := s.fill(&e, s.fd, ".", &s.rootSt); err != nil {
 		return err
 	}
 	if err := fn(&e); err != nil {
@@ -140,7 +138,7 @@ func (s *dirSource) walkEntry(ctx context.Context, dirFD int, parent *dirNode, n
 		return vanished("stat", p, err)
 	}
 	isDir := st.Mode&unix.S_IFMT == unix.S_IFDIR
-	foreign := s.opt.OneFileSystem && st.Mnt_id != s.mountID
+	foreign := s.opt.OneFileSystem && otherMount(&s.rootSt, &st)
 	if foreign && !isDir {
 		return fmt.Errorf("%s: another file is mounted over it, which hides its content: unmount it before packing", p)
 	}
@@ -177,6 +175,16 @@ func (s *dirSource) walkEntry(ctx context.Context, dirFD int, parent *dirNode, n
 		return changedError(p, "it was replaced")
 	}
 	return s.walkDir(ctx, fd, &dirNode{parent: parent, name: name}, p, fn)
+}
+
+// otherMount tells whether an inode was reached through another mount than the
+// root. Kernels before 5.8 only know devices, which say nothing about files: in
+// an overlay these may have the device of their layer.
+func otherMount(root, st *unix.Statx_t) bool {
+	if root.Mask&st.Mask&unix.STATX_MNT_ID != 0 {
+		return st.Mnt_id != root.Mnt_id
+	}
+	return st.Mode&unix.S_IFMT == unix.S_IFDIR && (st.Dev_major != root.Dev_major || st.Dev_minor != root.Dev_minor)
 }
 
 // fill sets an entry's metadata; name is relative to the directory at dirFD.

@@ -297,6 +297,24 @@ func TestDirSourceOneFileSystem(t *testing.T) {
 	}
 }
 
+func TestOtherMount(t *testing.T) {
+	const d, f = unix.S_IFDIR, unix.S_IFREG
+	for i, c := range []struct {
+		root, st unix.Statx_t
+		want     bool
+	}{
+		{unix.Statx_t{Mask: statMask, Mnt_id: 1}, unix.Statx_t{Mask: statMask, Mnt_id: 1, Mode: d, Dev_minor: 9}, false}, // btrfs subvolume
+		{unix.Statx_t{Mask: statMask, Mnt_id: 1}, unix.Statx_t{Mask: statMask, Mnt_id: 2, Mode: f}, true},
+		{unix.Statx_t{Dev_minor: 1}, unix.Statx_t{Dev_minor: 1, Mode: d}, false},
+		{unix.Statx_t{Dev_minor: 1}, unix.Statx_t{Dev_minor: 2, Mode: d}, true},
+		{unix.Statx_t{Dev_minor: 1}, unix.Statx_t{Dev_minor: 2, Mode: f}, false},
+	} {
+		if got := otherMount(&c.root, &c.st); got != c.want {
+			t.Errorf("case %d: %v", i, got)
+		}
+	}
+}
+
 // What overlayfs keeps in its layers is not the image's.
 func TestDirSourceOverlay(t *testing.T) {
 	testkit.NeedRoot(t)
