@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/ulikunitz/xz"
 )
 
 // The seeds in testdata/fuzz are images of a few kilobytes, most of them stored
@@ -96,6 +98,50 @@ func FuzzUnpack(f *testing.F) {
 		})
 		if want := st.Files + st.Dirs + st.Symlinks + st.Specials + st.HardLinks; err != nil || names != want {
 			t.Errorf("%d names, want %d: %v", names, want, err)
+		}
+	})
+}
+
+// FuzzDecompress feeds the codecs directly: in an image, most changed blocks
+// end at a check sum. A block must never unpack to more than its buffer.
+func FuzzDecompress(f *testing.F) {
+	for _, c := range []Compressor{Gzip, Zstd, LZ4} {
+		comp, err := newCompressor(c, 0, MinBlockSize)
+		if err != nil {
+			f.Fatal(err)
+		}
+		buf := make([]byte, MinBlockSize)
+		n, ok, err := comp.Compress(buf, sample(MinBlockSize))
+		if err != nil || !ok {
+			f.Fatal(err)
+		}
+		f.Add(uint16(c), buf[:n])
+	}
+	var b bytes.Buffer
+	w, err := xz.NewWriter(&b)
+	if err != nil {
+		f.Fatal(err)
+	}
+	if _, err := w.Write(sample(3000)); err != nil {
+		f.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(uint16(XZ), b.Bytes())
+	f.Fuzz(func(t *testing.T, method uint16, src []byte) {
+		dec, err := newDecompressor(Compressor(method))
+		if err != nil {
+			return
+		}
+		guard := bytes.Repeat([]byte{0x5a}, 16)
+		dst := append(make([]byte, MinBlockSize), guard...)
+		n, err := dec.Decompress(dst[:MinBlockSize], src)
+		if n < 0 || n > MinBlockSize || err != nil && n != 0 {
+			t.Errorf("%d bytes, %v", n, err)
+		}
+		if !bytes.Equal(dst[MinBlockSize:], guard) {
+			t.Error("wrote behind the buffer")
 		}
 	})
 }
