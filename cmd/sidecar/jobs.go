@@ -71,7 +71,7 @@ failed and has status error in IMS; 2 wrong usage.`,
       sidecar run /mnt/image`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: work(func(cmd *cobra.Command, args []string) error {
-			return ended(job.Supervise(cmd.Context(), args, func() (config.Sidecar, job.Deps, error) {
+			return ended(job.Supervise(cmd.Context(), args, os.Stdout, stderr, func() (config.Sidecar, job.Deps, error) {
 				cfg, err := config.LoadSidecar(args...)
 				return cfg, deps(cfg), err
 			}))

@@ -50,7 +50,13 @@ type Deps struct {
 	IMS    IMS
 	Store  Store
 
-	probeTimeout time.Duration // for the login proof; 0 means two minutes
+	tune tuning // zero outside tests
+}
+
+// tuning shortens waits in tests; zero values mean the constants.
+type tuning struct {
+	probeTimeout time.Duration
+	watchPause   time.Duration
 }
 
 // packedName is the new image on the volume. The image's own name is user
@@ -310,7 +316,7 @@ func (r *run) finish(ctx context.Context, jobErr error) int {
 	r.state.Phase = phaseFailed
 	r.saveState()
 	if err := r.restoreResolv(); err != nil {
-		r.log.Debug("resolv.conf stays as it is", "error", err)
+		r.log.Debug("resolv.conf stays as it is", "error", err) // nobody needs this root any more
 	}
 	r.removeWorkFiles()
 	if !errors.Is(jobErr, errUserFailed) {
@@ -372,10 +378,12 @@ func (r *run) undo(ctx context.Context) error {
 
 // removeWorkFiles removes what this or a killed run left on the volume.
 func (r *run) removeWorkFiles() {
-	left, _ := filepath.Glob(filepath.Join(r.cfg.Parent, ".squash-*.tmp")) // the only error is a bad pattern
-	for _, path := range append(left, r.packedPath()) {
-		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			r.log.Warn("a work file stays on the volume", "error", err)
+	for _, pattern := range []string{".squash-*.tmp", imageroot.ResolvBackup + "*", packedName} {
+		left, _ := filepath.Glob(filepath.Join(r.cfg.Parent, pattern)) // the only error is a bad pattern
+		for _, path := range left {
+			if err := os.RemoveAll(path); err != nil {
+				r.log.Warn("a work file stays on the volume", "error", err)
+			}
 		}
 	}
 }

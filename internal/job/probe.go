@@ -4,6 +4,7 @@ package job
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -61,9 +62,6 @@ func (p *probe) keyLine() []byte {
 
 // login repeats until a command has run, ctx ends or the time is over.
 func (p *probe) login(ctx context.Context, timeout time.Duration) error {
-	if timeout <= 0 {
-		timeout = probeTimeout
-	}
 	deadline := time.Now().Add(timeout)
 	for {
 		err := p.try(ctx)
@@ -137,7 +135,7 @@ const (
 // the pod's containers share, is no longer listened on. It looks into the
 // kernel's table instead of connecting, which would fill sshd's log for days.
 func (r *run) watchSSHD(ctx context.Context) error {
-	ticker := time.NewTicker(watchPause)
+	ticker := time.NewTicker(cmp.Or(r.deps.tune.watchPause, watchPause))
 	defer ticker.Stop()
 	misses := 0
 	var closing time.Time

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
@@ -33,13 +34,13 @@ const (
 // Supervise runs the job in a child process and, when that ends in a way it
 // could not report itself (killed for its memory, a panic in some goroutine),
 // takes its image back and sets the job to error for it. load is called once
-// the child has its own copy of the environment.
-func Supervise(ctx context.Context, args []string, load func() (config.Sidecar, Deps, error)) int {
+// the child has its own copy of the environment, secrets included.
+func Supervise(ctx context.Context, args []string, stdout, stderr io.Writer, load func() (config.Sidecar, Deps, error)) int {
 	// Pdeathsig is about the thread that forked.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd := exec.Command("/proc/self/exe", append([]string{ChildArg}, args...)...)
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Stdout, cmd.Stderr = stdout, stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGTERM}
 	startErr := cmd.Start()
 	cfg, deps, err := load()

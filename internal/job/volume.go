@@ -54,7 +54,7 @@ func checkSpace(ctx context.Context, root, dir string, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("measure the volume: %w", err)
 	}
-	log.Info("packing", "data", size, "free", free)
+	log.Info("space on the volume", "data_to_pack", size, "free", free)
 	if free < size/leastShare {
 		return fmt.Errorf("%w: the image root holds %d bytes and the volume has %d left, at least %d are needed to pack it; %s",
 			unix.ENOSPC, size, free, size/leastShare, moreSpace)

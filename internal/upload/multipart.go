@@ -37,7 +37,7 @@ type Object struct {
 func afterwards(ctx context.Context) (context.Context, context.CancelFunc) {
 	d := time.Minute
 	if ctx.Err() != nil {
-		d = 8 * time.Second
+		d = 6 * time.Second
 	}
 	return context.WithTimeout(context.WithoutCancel(ctx), d)
 }
@@ -187,10 +187,21 @@ func (s *S3) begin(ctx context.Context, key string, meta map[string]string) (str
 	return id, err
 }
 
+// partGrace is how long parts on their way may take to arrive after the upload
+// has failed or was cancelled. A part that arrives after the abort stays in
+// some stores for ever, where no listing shows it.
+const partGrace = 3 * time.Second
+
 // sendParts uploads the wanted parts, a few at a time, and notes their ETags.
+// When it returns, no request is under way.
 func (s *S3) sendParts(ctx context.Context, o Object, id string, size int64, parts []types.CompletedPart, want func(i int) bool) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(s.parallel)
+	requests, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	defer context.AfterFunc(gctx, func() {
+		time.AfterFunc(partGrace, func() { cancel(context.Cause(gctx)) })
+	})()
 	for i := range parts {
 		if !want(i) {
 			continue
@@ -201,7 +212,7 @@ func (s *S3) sendParts(ctx context.Context, o Object, id string, size int64, par
 		g.Go(func() error {
 			off := int64(i) * size
 			n := min(size, o.Size-off)
-			etag, err := s.sendPart(gctx, o, id, int32(i+1), off, n)
+			etag, err := s.sendPart(gctx, requests, o, id, int32(i+1), off, n)
 			if err != nil {
 				return err
 			}
@@ -216,15 +227,16 @@ func (s *S3) sendParts(ctx context.Context, o Object, id string, size int64, par
 	return context.Cause(ctx) // set when the loop ended before any part noticed
 }
 
-func (s *S3) sendPart(ctx context.Context, o Object, id string, number int32, off, n int64) (string, error) {
+// sendPart uploads one part. ctx ends the attempts, requests the one under way.
+func (s *S3) sendPart(ctx, requests context.Context, o Object, id string, number int32, off, n int64) (string, error) {
 	h := md5.New()
 	if _, err := io.Copy(h, io.NewSectionReader(o.Body, off, n)); err != nil {
 		return "", fmt.Errorf("read part %d of %s: %w", number, s.URL(o.Key), err)
 	}
 	sum := base64.StdEncoding.EncodeToString(h.Sum(nil))
 	var etag string
-	err := s.retry(ctx, fmt.Sprintf("upload part %d of %s", number, s.URL(o.Key)), func(ctx context.Context) error {
-		out, err := s.client.UploadPart(ctx, &s3.UploadPartInput{
+	err := s.retry(ctx, fmt.Sprintf("upload part %d of %s", number, s.URL(o.Key)), func(context.Context) error {
+		out, err := s.client.UploadPart(requests, &s3.UploadPartInput{
 			Bucket: &s.bucket, Key: &o.Key, UploadId: &id, PartNumber: &number,
 			ContentMD5: &sum, ContentLength: &n, Body: bodyOf(o, off, n),
 		})
