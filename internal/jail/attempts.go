@@ -134,7 +134,8 @@ func tryProcRoots(a *probeArgs) (bool, string) {
 			}
 		}
 		for _, secret := range []string{"/environ", "/mem", "/fd/0"} {
-			if n == "self" || n == strconv.Itoa(os.Getpid()) {
+			// Our own threads answer to their numbers, too, and in a young PID namespace those may be the gateway's.
+			if _, err := os.Stat("/proc/self/task/" + n); n == "self" || err == nil {
 				continue
 			}
 			if f, err := os.Open("/proc/" + n + secret); err == nil {
