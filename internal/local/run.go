@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path"
 	"path/filepath"
 	"strings"
 	"time"
@@ -305,7 +306,7 @@ func (r *run) fetch(ctx context.Context, job ims.Job) ([]artifact, error) {
 	}
 	var list []artifact
 	for _, e := range m.Artifacts {
-		a := artifact{kind: e.Type[strings.LastIndex(e.Type, "image.")+len("image."):], key: strings.TrimPrefix(e.Link.Path, prefix), md5: e.MD5}
+		a := artifact{kind: path.Base(e.Link.Path), key: strings.TrimPrefix(e.Link.Path, prefix), md5: e.MD5}
 		info, err := r.store.Head(ctx, a.key)
 		if err != nil {
 			return nil, err

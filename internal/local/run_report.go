@@ -20,16 +20,19 @@ func (r *run) report(job ims.Job, artifacts []artifact) error {
 	for _, a := range artifacts {
 		fmt.Fprintf(t, "%s\t%s\t%d\t%s\n", a.kind, a.key, a.size, a.md5)
 	}
-	fmt.Fprintln(t, "\t\t\t\nPHASE\tSECONDS\t\t")
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintln(t, "\nPHASE\tSECONDS")
 	total := time.Duration(0)
 	for _, p := range r.phases {
 		if p.name == string(ims.Success) {
 			continue // no time passes in it
 		}
-		fmt.Fprintf(t, "%s\t%.1f\t\t\n", p.name, p.took.Seconds())
+		fmt.Fprintf(t, "%s\t%.1f\n", p.name, p.took.Seconds())
 		total += p.took
 	}
-	fmt.Fprintf(t, "total\t%.1f\t\t\n", total.Seconds())
+	fmt.Fprintf(t, "total\t%.1f\n", total.Seconds())
 	if err := t.Flush(); err != nil {
 		return err
 	}
