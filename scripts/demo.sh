@@ -42,8 +42,9 @@ pid=$!
 port=
 until [ -n "$port" ]; do
     kill -0 "$pid" 2>/dev/null || { wait "$pid" || exit $?; exit 1; }
-    port=$(sed -nE '/"status":"waiting_on_user"/s/.*"ssh_port":([0-9]+).*/\1/p' "$work/events" 2>/dev/null | head -n 1)
-    [ -n "$port" ] || sleep 0.2
+    sleep 0.2
+    [ -e "$work/events" ] || continue
+    port=$(sed -nE '/"status":"waiting_on_user"/s/.*"ssh_port":([0-9]+).*/\1/p' "$work/events" | head -n 1)
 done
 options=(-F /dev/null -i "$work/id" -o IdentitiesOnly=yes -o StrictHostKeyChecking=no
     -o "UserKnownHostsFile=$work/known_hosts" -o LogLevel=ERROR -o BatchMode=yes)

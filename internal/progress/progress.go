@@ -3,8 +3,9 @@
 // Package progress reports how far a long transfer or pass has come: as a bar
 // to a person at a terminal, as an occasional log line to everybody else.
 //
-// It refuses to flood a log: a line comes per tenth of the whole, and after
-// 30 s without one, however often it is updated. It measures nothing itself.
+// It refuses to flood a log: a line comes per tenth of the whole, but not within
+// 2 s of the one before, and after 30 s without one, however often it is updated.
+// It measures nothing itself.
 package progress
 
 import (
@@ -20,6 +21,7 @@ import (
 
 const (
 	lineEvery = 30 * time.Second
+	lineApart = 2 * time.Second
 	step      = 10 // percent between two lines
 	drawEvery = 100 * time.Millisecond
 )
@@ -93,7 +95,8 @@ func (p *P) Update(done, total int64) {
 	if p.total > 0 {
 		at = percent(done, p.total) / step
 	}
-	if at > p.lastStep || now.Sub(p.lastLine) >= lineEvery {
+	since := now.Sub(p.lastLine)
+	if at > p.lastStep && since >= lineApart || since >= lineEvery {
 		p.lastStep, p.lastLine = max(at, p.lastStep), now
 		p.line()
 	}

@@ -19,9 +19,10 @@ func lines(b *bytes.Buffer) int { return strings.Count(b.String(), "\n") }
 func TestALinePerTenth(t *testing.T) {
 	var out bytes.Buffer
 	p := New(&out, "unpack", 0)
-	frozen := p.start
-	p.now = func() time.Time { return frozen }
+	now := p.start
+	p.now = func() time.Time { return now }
 	for done := int64(0); done <= 10_000; done++ {
+		now = now.Add(lineApart / 1000)
 		p.Update(done, 10_000)
 	}
 	if n := lines(&out); n != 10 {
@@ -35,6 +36,21 @@ func TestALinePerTenth(t *testing.T) {
 	p.Update(1, 2)
 	if n := lines(&out); n != 11 {
 		t.Errorf("%d lines after Finish:\n%s", n, &out)
+	}
+}
+
+// TestFastWork: what is over in a moment gets its last line only.
+func TestFastWork(t *testing.T) {
+	var out bytes.Buffer
+	p := New(&out, "unpack", 0)
+	frozen := p.start
+	p.now = func() time.Time { return frozen }
+	for done := int64(0); done <= 100; done++ {
+		p.Update(done, 100)
+	}
+	p.Finish()
+	if n := lines(&out); n != 1 || !strings.Contains(out.String(), "unpack done") {
+		t.Errorf("%d lines, want the last one only:\n%s", n, &out)
 	}
 }
 
@@ -58,8 +74,8 @@ func TestSlowWork(t *testing.T) {
 func TestFreshStart(t *testing.T) {
 	var out bytes.Buffer
 	p := New(&out, "fetch", 100)
-	frozen := p.start
-	p.now = func() time.Time { return frozen }
+	now := p.start
+	p.now = func() time.Time { now = now.Add(lineApart); return now }
 	p.Update(90, 0)
 	p.Update(0, 0)
 	p.Update(50, 0)

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"syscall"
+	"time"
+)
+
+// comparison is one job done by our program and by another one.
+type comparison struct {
+	name         string
+	ours, theirs side
+}
+
+// side is one way to do the job.
+type side struct {
+	argv   []string
+	before func() error // puts things back, outside the measured time
+	output string       // a file whose size matters
+}
+
+// figures are medians: seconds, seconds of user and system CPU, bytes.
+type figures struct {
+	wall, cpu  float64
+	rss, bytes int64
+}
+
+// measure runs both sides n times in turn, after one run of each that only warms the caches.
+func (c comparison) measure(ctx context.Context, n int) (ours, theirs figures, err error) {
+	var a, b []figures
+	for i := range n + 1 {
+		x, err := c.ours.once(ctx)
+		if err != nil {
+			return ours, theirs, err
+		}
+		y, err := c.theirs.once(ctx)
+		if err != nil {
+			return ours, theirs, err
+		}
+		if i > 0 {
+			a, b = append(a, x), append(b, y)
+		}
+	}
+	return median(a), median(b), nil
+}
+
+func (s side) once(ctx context.Context) (figures, error) {
+	if s.before != nil {
+		if err := s.before(); err != nil {
+			return figures{}, err
+		}
+	}
+	var out bytes.Buffer
+	cmd := exec.CommandContext(ctx, s.argv[0], s.argv[1:]...)
+	cmd.Stdout, cmd.Stderr = nil, &out
+	start := time.Now()
+	err := cmd.Run()
+	wall := time.Since(start)
+	if err != nil {
+		return figures{}, fmt.Errorf("%v: %w\n%s", s.argv, err, out.Bytes())
+	}
+	f := figures{wall: wall.Seconds(), cpu: (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds()}
+	if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
+		f.rss = usage.Maxrss << 10 // getrusage(2): kilobytes
+	}
+	if s.output != "" {
+		st, err := os.Stat(s.output)
+		if err != nil {
+			return figures{}, err
+		}
+		f.bytes = st.Size()
+	}
+	return f, nil
+}
+
+func median(runs []figures) figures {
+	middle := func(value func(figures) float64) float64 {
+		var values []float64
+		for _, f := range runs {
+			values = append(values, value(f))
+		}
+		slices.Sort(values)
+		return values[len(values)/2]
+	}
+	return figures{
+		wall:  middle(func(f figures) float64 { return f.wall }),
+		cpu:   middle(func(f figures) float64 { return f.cpu }),
+		rss:   int64(middle(func(f figures) float64 { return float64(f.rss) })),
+		bytes: int64(middle(func(f figures) float64 { return float64(f.bytes) })),
+	}
+}
