@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -46,8 +47,8 @@ or not at all, after its structure has been read back. The same tree and --epoch
 give the same bytes, whatever the number of workers.`,
 		Example: `  sidecar pack rootfs/ image.sqsh
   sidecar pack --compressor zstd --block-size 1M --epoch 0 rootfs/ image.sqsh
-  sidecar pack --exclude-file site-excludes --one-file-system / host.sqsh`,
-		Args: cobra.ExactArgs(2),
+  sidecar pack --exclude-file site-excludes --one-file-system / /backup/host.sqsh`,
+		Args: exactly("SOURCE", "IMAGE"),
 		PreRunE: func(*cobra.Command, []string) (err error) {
 			opt, err = f.options()
 			return err
@@ -70,7 +71,7 @@ func (f packFlags) options() (opt squash.Options, err error) {
 	if opt.Compressor, err = squash.ParseCompressor(f.compressor); err != nil {
 		return opt, fmt.Errorf("--compressor: %w", err)
 	}
-	if opt.BlockSize, err = parseSize(f.blockSize); err != nil {
+	if opt.BlockSize, err = parseBlockSize(f.blockSize); err != nil {
 		return opt, fmt.Errorf("--block-size: %w", err)
 	}
 	if f.workers < 0 {
@@ -90,17 +91,25 @@ func (f packFlags) options() (opt squash.Options, err error) {
 	return opt, nil
 }
 
-// parseSize reads a number of bytes with an optional K or M.
-func parseSize(s string) (int, error) {
+// parseBlockSize reads a size that SquashFS can have: a power of two from 4 KiB
+// to 1 MiB, in bytes or with K or M.
+func parseBlockSize(s string) (int, error) {
 	digits := strings.TrimRight(strings.ToUpper(s), "KM")
 	n, err := strconv.Atoi(digits)
-	switch unit := strings.ToUpper(s[len(digits):]); {
-	case err != nil || n <= 0 || n > 1<<20 || len(unit) > 1:
-		return 0, fmt.Errorf("%q is not a size such as 131072, 128K or 1M", s)
-	case unit == "K":
+	if n > 1<<20 {
+		n = -1
+	}
+	switch strings.ToUpper(s)[len(digits):] {
+	case "":
+	case "K":
 		n <<= 10
-	case unit == "M":
+	case "M":
 		n <<= 20
+	default:
+		n = -1
+	}
+	if err != nil || n < 4<<10 || n > 1<<20 || n&(n-1) != 0 {
+		return 0, fmt.Errorf("%q is not a power of two from 4K to 1M", s)
 	}
 	return n, nil
 }
@@ -116,6 +125,9 @@ func pack(ctx context.Context, f packFlags, opt squash.Options, source, image st
 	exclude, err := readExcludes(f.excludeFile)
 	if err != nil {
 		return err
+	}
+	if inside(image, source) {
+		return fmt.Errorf("pack %s: %s lies inside it and would pack itself; write the image somewhere else", source, image)
 	}
 	src, err := squash.DirSource(source, squash.DirOptions{OneFileSystem: f.oneFileSystem, Exclude: exclude})
 	if err != nil {
@@ -138,6 +150,19 @@ func pack(ctx context.Context, f packFlags, opt squash.Options, source, image st
 	fmt.Printf("%s: %d inodes, %d bytes of files in %d bytes, %d duplicate files stored once\n",
 		image, stats.Inodes, stats.BytesIn, stats.BytesOut, stats.Duplicates)
 	return nil
+}
+
+// inside reports whether a file to be made would lie below dir.
+func inside(name, dir string) bool {
+	parent, err1 := filepath.EvalSymlinks(filepath.Dir(name))
+	dir, err2 := filepath.EvalSymlinks(dir)
+	if err1 != nil || err2 != nil {
+		return false
+	}
+	parent, err1 = filepath.Abs(parent)
+	dir, err2 = filepath.Abs(dir)
+	rel, err3 := filepath.Rel(dir, parent)
+	return errors.Join(err1, err2, err3) == nil && filepath.IsLocal(rel)
 }
 
 // readExcludes reads paths relative to the packed root, one a line, with the
@@ -181,7 +206,7 @@ func newUnpack() *cobra.Command {
 		Long: `unpack restores owners, modes, times, extended attributes, hard links, devices
 and holes. Nothing outside DIR is written, whatever the image holds.`,
 		Example: `  sidecar unpack image.sqsh rootfs/`,
-		Args:    cobra.ExactArgs(2),
+		Args:    exactly("IMAGE", "DIR"),
 		RunE: work(func(cmd *cobra.Command, args []string) error {
 			return withImage(args[0], func(img *squash.Image) error {
 				bar := progress.New(stderr, "unpacking", 0)
@@ -205,7 +230,7 @@ func newInspect() *cobra.Command {
 		Use:     "inspect IMAGE",
 		Short:   "Show what a SquashFS image says of itself",
 		Example: `  sidecar inspect --json image.sqsh | jq .compressor`,
-		Args:    cobra.ExactArgs(1),
+		Args:    exactly("IMAGE"),
 		RunE: work(func(_ *cobra.Command, args []string) error {
 			return withImage(args[0], func(img *squash.Image) error {
 				info := img.Info()
@@ -230,7 +255,7 @@ func newVerify() *cobra.Command {
 		Long: `verify reads everything an image holds and reports the first thing that is
 wrong. Exit code 0 means that nothing is.`,
 		Example: `  sidecar verify image.sqsh`,
-		Args:    cobra.ExactArgs(1),
+		Args:    exactly("IMAGE"),
 		RunE: work(func(cmd *cobra.Command, args []string) error {
 			return withImage(args[0], func(img *squash.Image) error {
 				if err := squash.Verify(cmd.Context(), img, false); err != nil {

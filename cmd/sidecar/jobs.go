@@ -36,7 +36,7 @@ func newPrepare() *cobra.Command {
 the connection breaks, checks it against DOWNLOAD_MD5SUM, and unpacks it. A
 failure sets the job's status to error.`,
 		Example: `  IMS_JOB_ID=… DOWNLOAD_MD5SUM=… sidecar prepare /mnt/image "$download_url"`,
-		Args:    cobra.ExactArgs(2),
+		Args:    exactly("IMAGE_ROOT_PARENT", "URL"),
 		RunE: work(func(cmd *cobra.Command, args []string) error {
 			cfg, err := config.LoadPrepare(args[0])
 			d := deps(cfg)
@@ -152,7 +152,7 @@ func newStatus() *cobra.Command {
 		Long: `status sets a job's status and prints the job record as JSON. IMS deletes the
 Service and the volume of a job whose status becomes success or error.`,
 		Example: `  sidecar status 221ce1dc-1886-460d-86d1-53ecd2260b73 error`,
-		Args:    cobra.ExactArgs(2),
+		Args:    exactly("JOB_ID", "STATUS"),
 		PreRunE: func(_ *cobra.Command, args []string) error {
 			if uuid.Validate(args[0]) != nil {
 				return fmt.Errorf("status: job id %q is not a UUID", args[0])

@@ -3,13 +3,16 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
+	"github.com/ims-buildenv/ims-buildenv/internal/job"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 )
 
@@ -36,7 +39,7 @@ In a pod it takes its settings from the environment of the IMS job template
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 		Args:              cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return fmt.Errorf("a command is missing")
+			return errors.New("a command is missing")
 		},
 	}
 	root.SetVersionTemplate("sidecar {{.Version}}\n")
@@ -66,6 +69,9 @@ func legacyArgs(args []string) []string {
 	if len(args) == 0 {
 		return nil
 	}
+	if len(args) > 1 && args[1] == job.ChildArg { // a process that run has started
+		return args[1:]
+	}
 	if command, ok := legacyNames[filepath.Base(args[0])]; ok {
 		return append([]string{command}, args[1:]...)
 	}
@@ -91,6 +97,16 @@ func ended(code int) error {
 		return nil
 	}
 	return exitCode(code)
+}
+
+// exactly wants as many arguments as it is given names for.
+func exactly(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != len(names) {
+			return fmt.Errorf("%s needs %s, %d given", cmd.Name(), strings.Join(names, " and "), len(args))
+		}
+		return nil
+	}
 }
 
 var stderr = os.Stderr

@@ -86,7 +86,7 @@ func New(cfg Config) (*Client, error) {
 		}
 	}
 	if cfg.OAuth.Endpoint == "" {
-		c.log.Info("no OAuth endpoint configured: calling IMS without a token")
+		c.log.Debug("no OAuth endpoint configured: calling IMS without a token")
 	} else if c.tokens, err = newTokens(cfg.OAuth, c.http); err != nil {
 		return nil, err
 	}

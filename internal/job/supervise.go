@@ -40,6 +40,7 @@ func Supervise(ctx context.Context, args []string, stdout, stderr io.Writer, loa
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	cmd := exec.Command("/proc/self/exe", append([]string{ChildArg}, args...)...)
+	cmd.Args[0] = os.Args[0] // a familiar name in process lists
 	cmd.Stdout, cmd.Stderr = stdout, stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGTERM}
 	startErr := cmd.Start()

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"errors"
+	"os/exec"
+	"strconv"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	names := map[string]func(){"sidecar": main}
+	for script := range legacyNames {
+		names[script] = main
+	}
+	testscript.Main(m, names)
+}
+
+// Each script is a promise about the command line.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:  "testdata",
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
+	})
+}
+
+// exits runs a command that must end with a code: exits CODE COMMAND ARG...
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE COMMAND ARG...")
+	}
+	code := 0
+	var exit *exec.ExitError
+	if err := ts.Exec(args[1], args[2:]...); errors.As(err, &exit) {
+		code = exit.ExitCode()
+	} else {
+		ts.Check(err)
+	}
+	if strconv.Itoa(code) != args[0] {
+		ts.Fatalf("exit code %d, want %s", code, args[0])
+	}
+}
+
+func TestParseBlockSize(t *testing.T) {
+	for s, want := range map[string]int{"4096": 4096, "128K": 128 << 10, "1m": 1 << 20, "1M": 1 << 20} {
+		if got, err := parseBlockSize(s); err != nil || got != want {
+			t.Errorf("%q: %d, %v; want %d", s, got, err, want)
+		}
+	}
+	for _, s := range []string{"", "K", "1G", "-4K", "1KM", "0", "9999999999K", "4 K", "3", "2K", "2M", "96K"} {
+		if got, err := parseBlockSize(s); err == nil {
+			t.Errorf("%q gave %d", s, got)
+		}
+	}
+}
