@@ -18,6 +18,8 @@
 //
 //   - SquashFS before 4.0, and big-endian images.
 //   - LZMA and LZO images; xz images that use a BCJ filter.
+//   - Directories nested more than 4096 deep, a directory with two names, and an
+//     inode with more names than a link count of one: such an image is no tree.
 //   - Names longer than 256 bytes, symlink targets longer than 65,535 bytes,
 //     more than 65,535 different user and group ids: the format cannot hold
 //     them, so writing them is an error that names the path and the limit.
