@@ -403,7 +403,8 @@ func (s *supervisor) stop(grace time.Duration) {
 		s.stopOnce.Do(func() { close(s.hurry) })
 	}
 	if first {
-		s.result.killed, s.result.left = endAll(s.alive, grace, s.hurry)
+		h := herd{list: s.alive, strike: s.strike}
+		s.result.killed, s.result.left = h.end(grace, s.hurry)
 		close(s.stopped)
 	}
 	<-s.stopped
@@ -427,4 +428,13 @@ func (s *supervisor) alive() ([]procInfo, error) {
 		found = descendants(all, self)
 	}
 	return living(found, self), nil
+}
+
+// strike kills without looking closely. PID 1 of a namespace can kill all others in it in one blow, forks and all.
+func (s *supervisor) strike() {
+	if s.level == Namespaces && os.Getpid() == 1 {
+		unix.Kill(-1, unix.SIGKILL)
+		return
+	}
+	killDescendants(os.Getpid())
 }

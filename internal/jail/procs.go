@@ -126,21 +126,67 @@ const (
 	killPoll = 10 * time.Millisecond
 
 	// killWait is how long processes may take to vanish after SIGKILL; only one stuck in the kernel takes that long.
-	killWait = 10 * time.Second
+	killWait = 20 * time.Second
+
+	// strikes is how often strike is called between two listings: a listing takes milliseconds, a fork less than one.
+	strikes = 32
 )
 
-// endAll ends every process alive lists: SIGTERM, and SIGHUP too where there is a terminal, because interactive shells
-// ignore the former; SIGKILL when hurry is closed or the grace is over. It returns the names of those it had to kill and
-// of those that are still there.
-func endAll(alive func() ([]procInfo, error), grace time.Duration, hurry <-chan struct{}) (killed, left []string) {
+// herd is a set of processes to be ended.
+type herd struct {
+	list   func() ([]procInfo, error) // all that are alive
+	strike func()                     // kill quickly whatever can be found quickly; may be nil
+}
+
+// end ends the herd: SIGTERM, and SIGHUP too where there is a terminal, because interactive shells ignore the former;
+// SIGKILL when hurry is closed or the grace is over. It returns the names of those it had to kill and of those that are
+// still there.
+func (h herd) end(grace time.Duration, hurry <-chan struct{}) (killed, left []string) {
+	if grace > 0 && h.ask(grace, hurry) {
+		return nil, nil
+	}
+	names := make(map[procInfo]bool)
+	for end := time.Now().Add(killWait); ; {
+		procs, err := h.list()
+		if err == nil && len(procs) == 0 {
+			return killed, nil
+		}
+		for _, p := range procs {
+			if key := (procInfo{pid: p.pid, start: p.start}); !names[key] && len(killed) < maxList {
+				names[key] = true
+				killed = append(killed, p.String())
+			}
+			unix.Kill(p.pid, unix.SIGKILL)
+		}
+		if time.Now().After(end) {
+			if err != nil {
+				left = append(left, err.Error())
+			}
+			for _, p := range procs[:min(len(procs), maxList-1)] {
+				left = append(left, p.String())
+			}
+			return killed, left
+		}
+		if h.strike == nil {
+			time.Sleep(killPoll)
+			continue
+		}
+		for range strikes {
+			h.strike()
+		}
+	}
+}
+
+// ask sends the polite signals, to those that appear later as well, and reports whether all went in time.
+func (h herd) ask(grace time.Duration, hurry <-chan struct{}) bool {
 	deadline := time.After(grace)
 	asked := make(map[procInfo]bool)
 	tick := time.NewTicker(killPoll)
 	defer tick.Stop()
-	for waiting := grace > 0; waiting; {
-		procs, err := alive()
+	for {
+		procs, err := h.list()
 		if err == nil && len(procs) == 0 {
-			return nil, nil
+			return true
 		}
 		for _, p := range procs {
 			key := procInfo{pid: p.pid, start: p.start}
@@ -157,35 +203,57 @@ func endAll(alive func() ([]procInfo, error), grace time.Duration, hurry <-chan 
 		select {
 		case <-tick.C:
 		case <-deadline:
-			waiting = false
+			return false
 		case <-hurry:
-			waiting = false
+			return false
 		}
 	}
-	names := make(map[procInfo]bool)
-	for end := time.Now().Add(killWait); ; {
-		procs, err := alive()
-		if err == nil && len(procs) == 0 {
-			return killed, nil
-		}
-		for _, p := range procs {
-			if key := (procInfo{pid: p.pid, start: p.start}); !names[key] {
-				names[key] = true
-				if len(killed) < maxList {
-					killed = append(killed, p.String())
-				}
-			}
-			unix.Kill(p.pid, unix.SIGKILL)
-		}
-		if time.Now().After(end) {
-			if err != nil {
-				left = append(left, err.Error())
-			}
-			for _, p := range procs[:min(len(procs), maxList)] {
-				left = append(left, p.String())
-			}
-			return killed, left
-		}
-		<-tick.C
+}
+
+// killDescendants kills self's descendants while it finds them. A process that forks and exits all the time is faster
+// than any listing of /proc; its heir is a child of self, though, and the kernel lists those at once (where it is built
+// with CONFIG_PROC_CHILDREN). A process group dies in one blow, forks and all; groups in another session than self's
+// consist of descendants only.
+func killDescendants(self int) {
+	session, err := unix.Getsid(0)
+	if err != nil {
+		return
 	}
+	seen := make(map[int]bool)
+	for todo := children(self); len(todo) > 0; todo = todo[1:] {
+		pid := todo[0]
+		if seen[pid] {
+			continue
+		}
+		seen[pid] = true
+		if sid, err := unix.Getsid(pid); err == nil && sid != session {
+			if group, err := unix.Getpgid(pid); err == nil && group > 1 {
+				unix.Kill(-group, unix.SIGKILL)
+			}
+		}
+		unix.Kill(pid, unix.SIGKILL)
+		todo = append(todo, children(pid)...)
+	}
+}
+
+// children lists pid's children.
+func children(pid int) []int {
+	var pids []int
+	task := fmt.Sprintf("/proc/%d/task", pid)
+	threads, err := os.ReadDir(task)
+	if err != nil {
+		return nil
+	}
+	for _, t := range threads {
+		b, err := os.ReadFile(task + "/" + t.Name() + "/children")
+		if err != nil {
+			continue
+		}
+		for _, f := range bytes.Fields(b) {
+			if n, err := strconv.Atoi(string(f)); err == nil {
+				pids = append(pids, n)
+			}
+		}
+	}
+	return pids
 }

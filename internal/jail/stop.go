@@ -61,8 +61,8 @@ func (j *Jail) stop(ctx context.Context, grace time.Duration) (killed []string, 
 	}
 	// In the namespaces level nothing survives its init: the kernel reaps the PID namespace before the wait returns.
 	if j.level != Namespaces {
-		j.orphans = died != nil || err != nil
-		more, left := endAll(j.strays, 0, nil)
+		j.orphans = died != nil || err != nil || len(errs) > 0
+		more, left := herd{list: j.strays}.end(0, nil)
 		killed = append(killed, more...)
 		if len(left) > 0 {
 			errs = append(errs, fmt.Errorf("processes that SIGKILL does not end: %s", strings.Join(left, ", ")))

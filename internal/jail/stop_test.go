@@ -118,6 +118,31 @@ fork 0; touch started; sleep 1000`, inside)
 	})
 }
 
+// TestStopForkChain promises the same. ATTACK: a process that never exists for longer than a fork takes.
+func TestStopForkChain(t *testing.T) {
+	eachLevel(t, func(t *testing.T, level Level) {
+		root := newRoot(t)
+		buildAttacker(t, root)
+		prefix := rootPrefix(level, root)
+		j := startJail(t, Config{Root: root, Level: level})
+		file := filepath.Join(root, "tmp/chain")
+		run(t, j, prefix+"/usr/bin/attacker fork-chain "+prefix+"/tmp/chain 0 < /dev/null > /dev/null 2>&1")
+		size := func() int64 {
+			fi, err := os.Stat(file)
+			if err != nil {
+				return 0
+			}
+			return fi.Size()
+		}
+		eventually(t, "the chain grows", func() bool { return size() > 1000 })
+		if _, err := j.Stop(t.Context(), 10*time.Millisecond); err != nil {
+			t.Error(err)
+		}
+		expectQuiet(t, root, level)
+		t.Logf("%d links", size())
+	})
+}
+
 // TestStopHurried promises that the end of the context ends the grace.
 func TestStopHurried(t *testing.T) {
 	eachLevel(t, func(t *testing.T, level Level) {

@@ -56,6 +56,7 @@ var attacks = map[string]func() error{
 	"x32":           x32,
 	"descriptors":   descriptors,
 	"overwrite-exe": overwriteExe,
+	"fork-chain":    forkChain,
 }
 
 var errFailed = errors.New("did not work")
@@ -65,7 +66,7 @@ func main() {
 	if len(os.Args) == 2 && os.Args[1] == "list" {
 		var names []string
 		for name := range attacks {
-			if name != "userns-child" {
+			if name != "userns-child" && name != "fork-chain" {
 				names = append(names, name)
 			}
 		}
@@ -608,4 +609,23 @@ func overwriteExe() error {
 		}
 	}
 	return errFailed
+}
+
+// forkChain runs away from whoever wants to end it: every link is a new process in a new session, writes a byte to the
+// file CANARY, and leaves as soon as it has an heir. Only raw system calls are left after the first fork: there is no Go
+// runtime any more.
+func forkChain() error {
+	fd, err := unix.Open(canary, unix.O_WRONLY|unix.O_CREAT|unix.O_APPEND, 0o644)
+	if err != nil {
+		return err
+	}
+	one := [1]byte{'x'}
+	for {
+		pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+		if errno == 0 && pid > 0 {
+			unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
+		}
+		unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
+		unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&one[0])), 1)
+	}
 }
