@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"runtime"
 	"syscall"
+	"time"
 )
 
 // The child modes of imslocal, accepted only as argv[1].
@@ -35,8 +36,9 @@ func ChildMain() {
 
 // child is a process of our own binary in one of its child modes.
 type child struct {
-	cmd  *exec.Cmd
-	done chan struct{} // closed when the process has been reaped
+	cmd   *exec.Cmd
+	done  chan struct{} // closed when the process has been reaped
+	ended time.Time     // when that was; valid when done is closed
 }
 
 // startChild starts mode with setup as its standard input. The child is killed
@@ -72,6 +74,7 @@ func startChild(mode string, setup any, out *os.File, attr syscall.SysProcAttr) 
 		started <- err
 		if err == nil {
 			_ = cmd.Wait() // the state tells all
+			c.ended = time.Now()
 			close(c.done)
 		}
 	}()

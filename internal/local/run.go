@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
 	"github.com/ims-buildenv/ims-buildenv/internal/progress"
@@ -108,13 +109,42 @@ func Run(ctx context.Context, c RunConfig) (err error) {
 	return err
 }
 
-// tempData makes a data directory that is not in memory, as /tmp often is.
+// tempData makes a data directory that is not in memory, as /tmp often is. It
+// removes those of runs that were killed.
 func tempData() (string, error) {
 	parent := "/var/tmp"
 	if st, err := os.Stat(parent); err != nil || !st.IsDir() {
 		parent = os.TempDir()
 	}
-	return os.MkdirTemp(parent, "imslocal-")
+	const pattern = "imslocal-run-*"
+	old, err := filepath.Glob(filepath.Join(parent, pattern))
+	if err != nil {
+		return "", err
+	}
+	for _, dir := range old {
+		if err := removeAbandoned(dir); err != nil {
+			return "", fmt.Errorf("remove what a killed run left: %w", err)
+		}
+	}
+	return os.MkdirTemp(parent, pattern)
+}
+
+// removeAbandoned removes a data directory of ours that has a lock file nobody
+// holds. One without is of a run that is just starting.
+func removeAbandoned(dir string) error {
+	var st unix.Stat_t
+	if unix.Lstat(dir, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() {
+		return nil
+	}
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil
+	}
+	defer lock.Close()
+	if unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		return nil
+	}
+	return os.RemoveAll(dir)
 }
 
 // run is a run under way.

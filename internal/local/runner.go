@@ -240,7 +240,7 @@ func (r *processRunner) run(p *pod) {
 	record := func(c *container) exit {
 		<-c.done
 		<-c.drained
-		end := containerEnd{Name: c.name, Started: c.started.Format(timestamp), Finished: now(), exit: c.exit()}
+		end := containerEnd{Name: c.name, Started: c.started.Format(timestamp), Finished: c.ended.Format(timestamp), exit: c.exit()}
 		history = append(history, end)
 		log.Info("container ended", "container", c.name, "how", end.exit.String())
 		return end.exit

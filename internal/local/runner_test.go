@@ -246,3 +246,29 @@ func TestPortOfAnotherJobIsNotGiven(t *testing.T) {
 		t.Errorf("port of a removed job: %v", err)
 	}
 }
+
+// TestRestartEndsJobs: a job that ran when imslocal died has no pod any more.
+func TestRestartEndsJobs(t *testing.T) {
+	r := newTestRunner(t, "", "")
+	a, _, _ := testAPI(t, func(c *apiConfig) { c.runner = r })
+	for id, status := range map[string]string{"running": "waiting_on_user", "done": "success", "failed": "error"} {
+		if err := a.state.jobs.put(Job{ID: id, Status: status}); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.MkdirAll(filepath.Join(r.dir, id, "volume", "image-root"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w := &world{runner: r.processRunner}
+	if err := w.recover(a); err != nil {
+		t.Fatal(err)
+	}
+	for id, want := range map[string]string{"running": "error", "done": "success", "failed": "error"} {
+		if job, _ := a.state.jobs.get(id); job.Status != want {
+			t.Errorf("job %s is %s after the restart, want %s", id, job.Status, want)
+		}
+	}
+	if left, err := filepath.Glob(r.dir + "/*/*"); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+}
