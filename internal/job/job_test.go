@@ -15,9 +15,12 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
+	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
 )
 
@@ -378,4 +381,35 @@ func TestRefuse(t *testing.T) {
 	cfg.S3 = config.S3{}
 	exit := Refuse(t.Context(), cfg, Deps{Stdout: &p.stdout}, errors.New("configuration: S3_BUCKET is not set"))
 	p.check(exit, failure1("S3_BUCKET"))
+}
+
+// The volume is too small: found before packing when hopeless, and otherwise
+// while packing, with the space given back and the setting to raise named.
+func TestNoSpace(t *testing.T) {
+	testkit.NeedRoot(t)
+	for name, c := range map[string]struct{ size, want string }{
+		"hopeless": {"13500k", "at least"}, "not enough": {"20m", "the image needs about"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPod(t)
+			volume := t.TempDir()
+			if err := unix.Mount("tmpfs", volume, "tmpfs", 0, "size="+c.size); err != nil {
+				t.Skipf("mount a small volume: %v", err)
+			}
+			defer func() {
+				if err := unix.Unmount(volume, 0); err != nil {
+					t.Error(err)
+				}
+			}()
+			if err := os.CopyFS(volume+"/image-root", os.DirFS(p.cfg.RootDir)); err != nil {
+				t.Fatal(err)
+			}
+			p.cfg.Parent, p.cfg.RootDir = volume, volume+"/image-root"
+			exit := p.run(t.Context())
+			if out := p.stdout.String(); !strings.Contains(out, "build_env_size") {
+				t.Errorf("no next step in %s", out)
+			}
+			p.check(exit, failure1(c.want))
+		})
+	}
 }

@@ -33,12 +33,10 @@ func (r *run) shell(ctx context.Context) error {
 		if ended, err = r.flags.Exists(signalfile.Exiting); err != nil {
 			return err
 		}
-	} else {
+	} else if err := r.flags.RemoveStale(); err != nil {
 		// A flag inside the source image, or of the volume's previous job, would
 		// end this one before it began.
-		if err := errors.Join(r.flags.RemoveStale(), r.flags.Remove(signalfile.Ready)); err != nil {
-			return err
-		}
+		return err
 	}
 	r.state.Phase = phaseShell
 	r.saveState()
@@ -56,6 +54,10 @@ func (r *run) shell(ctx context.Context) error {
 
 // open makes the shell reachable and tells IMS only when it is.
 func (r *run) open(ctx context.Context) error {
+	// Left by an earlier run, it would start sshd with no or an old configuration.
+	if err := r.flags.Remove(signalfile.Ready); err != nil {
+		return err
+	}
 	keys, err := readKeys(r.cfg.AuthorizedKeys, r.log)
 	if err != nil {
 		return err
