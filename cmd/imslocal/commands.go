@@ -68,7 +68,7 @@ func newServe() *cobra.Command {
 	f.StringVar(&c.Listen, "listen", "127.0.0.1:9100", "address of the API; beyond this machine, requests need a token")
 	f.StringVar(&c.S3Listen, "s3-listen", "127.0.0.1:0", "address of the S3 server, port 0 for a free one")
 	f.StringVar(&c.Data, "data", "imslocal-data", "directory for records, objects and jobs")
-	f.StringVar(&c.Runner, "runner", "process", "how jobs are run: process")
+	f.StringVar(&c.Runner, "runner", "process", "how jobs are run: process (here), none (you start the pods, see images/pod.yaml)")
 	f.BoolVar(&debug, "debug", false, "log every step and request")
 	return cmd
 }

@@ -8,7 +8,8 @@
 //   - a real S3 server, versitygw in a child process (s3server.go);
 //   - the process runner, which runs the containers of a job's pod as processes
 //     in namespaces of their own, with the environment and the mounts of the IMS
-//     job template (runner*.go, pod.go, container*.go);
+//     job template (runner*.go, pod.go, container*.go); or no runner, when
+//     somebody else starts the pods;
 //   - the two commands, Serve and Run.
 //
 // Answers of the API follow the real service as measured, its odd corners

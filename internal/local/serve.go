@@ -24,7 +24,7 @@ type Config struct {
 	Listen   string // address of the API, "127.0.0.1:0" for a free port
 	S3Listen string // address of the S3 server
 	Data     string // data directory, made when it is missing
-	Runner   string // "process"
+	Runner   string // "process", or "none" when somebody else starts the pods
 	SSHPort  int    // port of a job's sshd, 0 for a free one per job
 	Log      *slog.Logger
 	Out      io.Writer // the containers' output, a line each with its origin
@@ -34,7 +34,7 @@ type Config struct {
 type world struct {
 	url     string // of the API
 	store   *s3Server
-	runner  *processRunner
+	runner  *processRunner // nil with the runner "none"
 	lock    *os.File
 	server  *http.Server
 	served  chan error
@@ -67,19 +67,21 @@ func (w *world) wait(ctx context.Context) error {
 // start brings everything up, or leaves nothing running.
 func start(ctx context.Context, c Config) (_ *world, err error) {
 	switch c.Runner {
-	case "process":
+	case "process", "none":
 	case "kubernetes":
-		return nil, errors.New("the runner kubernetes is not available in this version; use --runner process")
+		return nil, errors.New("the runner kubernetes is not available in this version; use --runner process or none")
 	default:
-		return nil, fmt.Errorf("unknown runner %q; use --runner process", c.Runner)
+		return nil, fmt.Errorf("unknown runner %q; use --runner process or none", c.Runner)
 	}
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
 	bin := filepath.Dir(self)
-	if err := checkMachine(bin); err != nil {
-		return nil, err
+	if c.Runner == "process" {
+		if err := checkMachine(bin); err != nil {
+			return nil, err
+		}
 	}
 	if c.Data, err = filepath.Abs(c.Data); err != nil {
 		return nil, err
@@ -114,7 +116,9 @@ func start(ctx context.Context, c Config) (_ *world, err error) {
 		clientID: w.secrets.ClientID, secret: w.secrets.ClientSecret,
 		tokenLife: tokenLife, trusted: addr.IP.IsLoopback(),
 	})
-	if w.runner, err = w.newRunner(c, bin, a.endJob); err == nil {
+	if c.Runner == "none" {
+		a.runner = noRunner{}
+	} else if w.runner, err = w.newRunner(c, bin, a.endJob); err == nil {
 		a.runner = w.runner
 		err = w.recover(a)
 	}
