@@ -27,12 +27,27 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// newStore is the store under test: versitygw, or what S3TEST_EXTERNAL names,
+// so that the same promises are checked on Ceph.
 func newStore(t *testing.T, change func(*S3Config)) *S3 {
 	t.Helper()
-	srv := s3test.Start(t)
+	endpoint, access, secret, bucket, external := s3test.External()
+	if !external {
+		srv := s3test.Start(t)
+		endpoint, access, secret, bucket = srv.Endpoint, s3test.AccessKey, s3test.SecretKey, srv.Bucket
+	}
 	cfg := S3Config{
-		Endpoint: srv.Endpoint, AccessKey: s3test.AccessKey, SecretKey: s3test.SecretKey, Bucket: srv.Bucket,
+		Endpoint: endpoint, AccessKey: access, SecretKey: secret, Bucket: bucket,
 		Verify: true, PartSize: minPartSize, Budget: 2 * time.Second, RetryPause: 10 * time.Millisecond,
+	}
+	if external {
+		s, err := NewS3(cfg)
+		if err == nil {
+			err = s.MakeBucket(t.Context())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	if change != nil {
 		change(&cfg)
@@ -41,6 +56,13 @@ func newStore(t *testing.T, change func(*S3Config)) *S3 {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if all, err := s.List(context.Background(), ""); err == nil && external {
+			for _, o := range all {
+				s.Delete(context.Background(), o.Key)
+			}
+		}
+	})
 	return s
 }
 
@@ -105,6 +127,17 @@ func TestStoreRoundTrip(t *testing.T) {
 	if err != nil || info.Size != 1 || info.Metadata["md5sum"] == "" {
 		t.Errorf("copy: %+v, %v", info, err)
 	}
+	large, err := s.Head(ctx, fmt.Sprintf("dir/%d", 3*minPartSize+17))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As if it were too large for one CopyObject.
+	if err := s.copyParts(ctx, s.bucket+"/"+escapeKey(large.Key), "deleted/large", large); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := s.Head(ctx, "deleted/large"); err != nil || info.Size != large.Size || info.Metadata["md5sum"] != large.Metadata["md5sum"] {
+		t.Errorf("copy in parts: %+v, %v", info, err)
+	}
 	url, err := s.PresignGet(ctx, "dir/1", time.Minute)
 	if err != nil {
 		t.Fatal(err)
@@ -140,7 +173,6 @@ func TestMakeBucket(t *testing.T) {
 // Each way a store can be configured wrongly must end soon, name the cause and
 // say what to do.
 func TestClearErrors(t *testing.T) {
-	srv := s3test.Start(t)
 	for name, c := range map[string]struct {
 		change func(*S3Config)
 		want   []string
@@ -152,13 +184,10 @@ func TestClearErrors(t *testing.T) {
 		"no bucket":   {func(c *S3Config) { c.Bucket = "missing-bucket" }, []string{"NoSuchBucket", `"missing-bucket" does not exist`, "S3_BUCKET"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			cfg := S3Config{Endpoint: srv.Endpoint, AccessKey: s3test.AccessKey, SecretKey: s3test.SecretKey, Bucket: srv.Bucket,
-				Verify: true, Budget: 50 * time.Millisecond, RetryPause: time.Millisecond}
-			c.change(&cfg)
-			s, err := NewS3(cfg)
-			if err != nil {
-				t.Fatal(err)
-			}
+			s := newStore(t, func(cfg *S3Config) {
+				cfg.Budget, cfg.RetryPause = 50*time.Millisecond, time.Millisecond
+				c.change(cfg)
+			})
 			for op, err := range map[string]error{"check": s.Check(t.Context()), "put": func() error {
 				_, err := s.Put(t.Context(), Object{Key: "k", Body: strings.NewReader("x"), Size: 1})
 				return err

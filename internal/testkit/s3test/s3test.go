@@ -79,6 +79,17 @@ func serve(dir, addr string) error {
 	})
 }
 
+// External is a server somebody else runs, for tests that can do with any S3:
+// S3TEST_EXTERNAL="http://host:port access secret bucket". The bucket must
+// be empty or missing. ok is false without one.
+func External() (endpoint, access, secret, bucket string, ok bool) {
+	f := strings.Fields(os.Getenv("S3TEST_EXTERNAL"))
+	if len(f) != 4 {
+		return "", "", "", "", false
+	}
+	return f[0], f[1], f[2], f[3], true
+}
+
 // Start runs a server until the test ends. Its data lies on the file system of
 // the temporary directory, which must have user xattrs.
 func Start(t testing.TB) *Server {
