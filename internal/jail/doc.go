@@ -1,4 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package jail confines the sessions of one job.
+// Package jail runs the sessions of one job where they belong: below the image root, and nowhere else.
+//
+// The users are root and stay root; the package decides what that is worth. One long-lived child, the jail's init, is
+// started with the job (Start). It builds the confinement, starts every shell, command and SFTP server on request
+// (Spawn), and ends with the job (Stop), together with everything that was ever started in it. Work in the background
+// belongs to the jail, not to its session, and lives on until Stop.
+//
+// # Levels
+//
+// Start takes the strongest level the container allows and logs which, or the one level it is told:
+//
+//	             Namespaces               Chroot                      Plain
+//	needs        CAP_SYS_ADMIN, SETPCAP   CAP_SYS_CHROOT, SETPCAP     nothing
+//	root         pivot_root, nodev        chroot                      the container's
+//	processes    own PID namespace        the container's             the container's
+//	init         PID 1 inside             outside, a subreaper        outside, a subreaper
+//	/proc /sys   own, kernel controls     what the image holds        the container's
+//	             read-only or hidden
+//	/dev         null zero full random    the image's; missing ones   the container's
+//	             urandom tty pts shm      of the same are made, and
+//	             mqueue, nothing else     removed again by Stop
+//	system calls no user namespaces, no   the container's             the container's
+//	             keyrings, no bpf, …
+//
+// Plain sessions see the image root as a directory to chroot into. With DKMS they find sysfs, proc and the container's
+// devices mounted in it, in a mount namespace that only they see. In the Namespaces level DKMS changes nothing: what a
+// module build reads is always there, what it could break never is. In the Chroot level nothing can be mounted.
+//
+// # What root keeps
+//
+// Capabilities are cut to what installing packages takes (sessionCaps), by way of the bounding set, so that no program
+// brings them back: no mounting, no modules, no raw sockets, no access past permissions by file handle, and in the Chroot
+// level no chroot, because it leads out. Device nodes can be made, but not opened: in the Namespaces level all file
+// systems are mounted nodev, in the Chroot level CAP_MKNOD is only kept where the container's device control group
+// refuses the opening.
+//
+// # The proof
+//
+// Before the first session a child tries to break out of the finished jail, in all the ways of attempts.go. If one works,
+// Start fails; it does not take a weaker level instead. An image that prevents a level (its /proc is a link) does not get
+// a weaker one either: whoever made the image would choose.
+//
+// # What is refused, and what is not promised
+//
+//   - The root must be a directory, not a link to one.
+//   - Nothing is inherited from the gateway: no environment, no descriptor, no signal disposition, no niceness.
+//   - Paths inside the root are resolved inside it, by descriptor; of its files only regular ones are read, up to a size.
+//   - The network is the pod's in every level; abstract sockets are shared.
+//   - In the Chroot level root can signal any process of the container, the gateway included (as PID 1 that is immune to
+//     SIGKILL), and use the node's keyrings. It cannot trace them: they hold CAP_SYS_CHROOT, it does not. A process of the
+//     container that is neither root nor more capable would be at its mercy; the sshd container has none.
+//   - In the Chroot level the terminal's own name (/dev/pts/N) does not exist inside; /dev/tty works.
+//   - A process that forks faster than it can be found may outlive Stop in the levels without a PID namespace. Stop
+//     tries hard, and returns an error if it loses: the root is not to be packed then.
 package jail

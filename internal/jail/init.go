@@ -307,6 +307,10 @@ func (s *supervisor) refuse(id uint32, err error) {
 func (s *supervisor) serve() error {
 	err := s.requests()
 	s.stop(0)
+	// What is left would be nobody's once init is gone: go on for as long as it takes.
+	for left := s.result.left; len(left) > 0; {
+		_, left = s.herd().end(0, nil)
+	}
 	if errors.Is(err, io.EOF) || errors.Is(err, os.ErrClosed) {
 		return nil
 	}
@@ -403,12 +407,13 @@ func (s *supervisor) stop(grace time.Duration) {
 		s.stopOnce.Do(func() { close(s.hurry) })
 	}
 	if first {
-		h := herd{list: s.alive, strike: s.strike}
-		s.result.killed, s.result.left = h.end(grace, s.hurry)
+		s.result.killed, s.result.left = s.herd().end(grace, s.hurry)
 		close(s.stopped)
 	}
 	<-s.stopped
 }
+
+func (s *supervisor) herd() herd { return herd{list: s.alive, strike: s.strike} }
 
 // alive lists every process of the jail but init.
 func (s *supervisor) alive() ([]procInfo, error) {

@@ -15,7 +15,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -242,13 +241,10 @@ func (j *Jail) kill(err error) {
 		j.err = err
 	}
 	j.mu.Unlock()
-	if j.level != Namespaces {
-		// Init needs a moment to end its descendants; what it cannot end is looked for afterwards.
-		j.conn.close()
-		time.AfterFunc(2*killWait, func() { _ = j.proc.Kill() })
-		return
+	if j.level == Namespaces {
+		_ = j.proc.Kill()
 	}
-	_ = j.proc.Kill()
+	// In the other levels the closed socket makes init end its descendants first.
 	j.conn.close()
 }
 
