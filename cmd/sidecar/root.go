@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -33,7 +34,7 @@ In a pod it takes its settings from the environment of the IMS job template
   # pack a directory reproducibly and look at the result
   sidecar pack --epoch 0 rootfs/ image.sqsh
   sidecar inspect image.sqsh && sidecar verify image.sqsh`,
-		Version:           fmt.Sprintf("%s (gzip: %s)", config.Version, squash.GzipImplementation()),
+		Version:           config.Version + " (" + codecs() + ")",
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
@@ -107,6 +108,16 @@ func exactly(names ...string) cobra.PositionalArgs {
 		}
 		return nil
 	}
+}
+
+// codecs tells which libraries compress: builds without cgo have others.
+func codecs() string {
+	var list []string
+	for method, library := range squash.Implementations() {
+		list = append(list, fmt.Sprintf("%s: %s", method, library))
+	}
+	slices.Sort(list)
+	return strings.Join(list, ", ")
 }
 
 var stderr = os.Stderr

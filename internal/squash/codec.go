@@ -21,8 +21,12 @@ const (
 	Zstd Compressor = 6
 )
 
+// None asks the packer to store everything as it is. It is not in the format:
+// such an image says gzip, as those of mksquashfs -noI -noD -noF -noX do.
+const None Compressor = 1 << 15
+
 var compressorNames = map[Compressor]string{
-	Gzip: "gzip", LZMA: "lzma", LZO: "lzo", XZ: "xz", LZ4: "lz4", Zstd: "zstd",
+	Gzip: "gzip", LZMA: "lzma", LZO: "lzo", XZ: "xz", LZ4: "lz4", Zstd: "zstd", None: "none",
 }
 
 // ParseCompressor returns the method of a name mksquashfs -comp knows.
@@ -32,7 +36,7 @@ func ParseCompressor(name string) (Compressor, error) {
 			return c, nil
 		}
 	}
-	return 0, fmt.Errorf("unknown compressor %q: use gzip, zstd or lz4", name)
+	return 0, fmt.Errorf("unknown compressor %q: use gzip, xz, zstd, lz4 or none", name)
 }
 
 func (c Compressor) String() string {
@@ -51,9 +55,12 @@ func (c *Compressor) UnmarshalText(b []byte) (err error) {
 	return err
 }
 
-// GzipImplementation names the library that reads and writes gzip images in
-// this binary, with its version where the library tells.
-func GzipImplementation() string { return gzipImplementation }
+// Implementations names the library behind each method in this binary, with its
+// version where the library tells. Binaries built with and without cgo differ:
+// either reads what the other writes, but compresses to other bytes.
+func Implementations() map[Compressor]string {
+	return map[Compressor]string{Gzip: gzipImplementation, XZ: xzImplementation, LZ4: lz4Implementation, Zstd: zstdImplementation}
+}
 
 // compressor packs blocks. It is not safe for concurrent use: each worker has
 // its own.
@@ -72,29 +79,82 @@ type decompressor interface {
 	Decompress(dst, src []byte) (n int, err error)
 }
 
-// Levels of the compressors when the caller asks for none (zero).
+// What the methods do when the caller asks for no level (zero), and the level
+// mksquashfs takes an image for that does not say.
 const (
 	// defaultGzipLevel in libdeflate gives smaller images than zlib's level 9
-	// at a tenth of the time (measured on a Debian root, 128 KiB blocks).
+	// at a twelfth of the time (docs/squashfs.md has the curve).
 	defaultGzipLevel = 6
+	// defaultZstdLevel gives images as small as zlib's level 9. The next level
+	// that is much smaller, 15, takes seven times as long.
 	defaultZstdLevel = 9
+	defaultXZLevel   = 6
+
+	impliedGzipLevel = 9
+	impliedZstdLevel = 15
 )
 
-// newCompressor returns a compressor for blocks of up to the larger of
-// blockSize and a metadata block. Level zero is the method's default.
-func newCompressor(c Compressor, level, blockSize int) (compressor, error) {
-	if err := checkBlockSize(int64(blockSize)); err != nil {
+// level returns the level to work with.
+func (o *Options) level() (int, error) {
+	limits := map[Compressor]struct{ def, highest int }{
+		Gzip: {defaultGzipLevel, maxGzipLevel},
+		XZ:   {defaultXZLevel, 9},
+		LZ4:  {0, maxLZ4Level}, // zero is the fast method, the others are the high-compression one
+		Zstd: {defaultZstdLevel, 22},
+		None: {0, 0},
+	}
+	l, ok := limits[o.Compressor]
+	switch {
+	case !ok:
+		return 0, fmt.Errorf("writing %v is not built in: use gzip, xz, zstd or lz4", o.Compressor)
+	case o.Level == 0:
+		return l.def, nil
+	case o.Level < 0 || o.Level > l.highest:
+		return 0, fmt.Errorf("%v level %d: want 1 to %d, or 0 for the default", o.Compressor, o.Level, l.highest)
+	}
+	return o.Level, nil
+}
+
+// dictSize returns the size of the xz dictionary to work with.
+func (o *Options) dictSize() (int, error) {
+	d := o.DictSize
+	switch {
+	case d == 0:
+		return max(o.BlockSize, metaBlockSize), nil
+	case o.Compressor != XZ:
+		return 0, fmt.Errorf("dictionary size %d: only xz has a dictionary", d)
+	case d < metaBlockSize || d > max(o.BlockSize, metaBlockSize) || d&(d-1) != 0 && d != 3*(d&-d):
+		// The rule of the kernel (fs/squashfs/xz_wrapper.c).
+		return 0, fmt.Errorf("dictionary size %d: want 8192 to the block size, a power of two or three times one", d)
+	}
+	return d, nil
+}
+
+// newCompressor returns a compressor for blocks of up to the larger of the
+// block size and a metadata block.
+func newCompressor(opt Options) (compressor, error) {
+	if err := checkBlockSize(int64(opt.BlockSize)); err != nil {
 		return nil, err
 	}
-	switch c {
+	level, err := opt.level()
+	if err != nil {
+		return nil, err
+	}
+	dict, err := opt.dictSize()
+	if err != nil {
+		return nil, err
+	}
+	switch opt.Compressor {
 	case Gzip:
 		return newGzipCompressor(level)
-	case Zstd:
-		return newZstdCompressor(level, blockSize)
+	case XZ:
+		return newXZCompressor(level, dict)
 	case LZ4:
 		return newLZ4Compressor(level)
+	case Zstd:
+		return newZstdCompressor(level, opt.BlockSize)
 	}
-	return nil, fmt.Errorf("writing %v is not built in: use gzip, zstd or lz4", c)
+	return storer{}, nil
 }
 
 // newDecompressor returns a decompressor.
@@ -102,23 +162,16 @@ func newDecompressor(c Compressor) (decompressor, error) {
 	switch c {
 	case Gzip:
 		return newGzipDecompressor()
-	case Zstd:
-		return newZstdDecompressor()
+	case LZMA:
+		return lzmaDecompressor{}, nil
+	case LZO:
+		return lzoDecompressor{}, nil
+	case XZ:
+		return newXZDecompressor()
 	case LZ4:
 		return lz4Decompressor{}, nil
-	case XZ:
-		return xzDecompressor{}, nil
+	case Zstd:
+		return newZstdDecompressor()
 	}
-	return nil, fmt.Errorf("reading %v is not built in: repack the image with gzip, zstd, xz or lz4", c)
-}
-
-// checkLevel refuses a level outside lowest..highest and replaces zero.
-func checkLevel(c Compressor, level, def, lowest, highest int) (int, error) {
-	if level == 0 {
-		return def, nil
-	}
-	if level < lowest || level > highest {
-		return 0, fmt.Errorf("%v level %d: want %d to %d, or 0 for the default %d", c, level, lowest, highest, def)
-	}
-	return level, nil
+	return nil, fmt.Errorf("%v is no compressor of SquashFS 4.0", c)
 }

@@ -22,6 +22,33 @@ type compressorOptions struct {
 	Algorithm  uint32 `json:"algorithm,omitempty"`  // lzo
 }
 
+// writerOptions returns the options an image packed with opt should hold, or
+// nothing where readers take the same for granted: mksquashfs leaves them out in
+// the same cases. It has no levels above 9 for gzip.
+func writerOptions(opt *Options) (*compressorOptions, error) {
+	level, err := opt.level()
+	if err != nil {
+		return nil, err
+	}
+	switch opt.Compressor {
+	case Gzip:
+		if opt.Level != 0 && opt.Level < impliedGzipLevel {
+			return &compressorOptions{Level: uint32(level), WindowBits: 15}, nil
+		}
+	case XZ:
+		if dict, err := opt.dictSize(); err != nil || dict != max(opt.BlockSize, metaBlockSize) {
+			return &compressorOptions{DictSize: uint32(dict)}, err
+		}
+	case LZ4:
+		return &compressorOptions{Version: 1, HC: level > 0}, nil
+	case Zstd:
+		if level != impliedZstdLevel {
+			return &compressorOptions{Level: uint32(level)}, nil
+		}
+	}
+	return nil, nil
+}
+
 // append appends the options for method c to dst, without the metadata header.
 func (o *compressorOptions) append(dst []byte, c Compressor) ([]byte, error) {
 	le := binary.LittleEndian

@@ -38,8 +38,8 @@ func TestCodecRoundTrip(t *testing.T) {
 	for _, tc := range []struct {
 		c     Compressor
 		level int
-	}{{Gzip, 0}, {Gzip, 1}, {Gzip, 9}, {Zstd, 0}, {Zstd, 1}, {Zstd, 22}, {LZ4, 0}, {LZ4, 1}, {LZ4, 9}} {
-		comp, err := newCompressor(tc.c, tc.level, DefaultBlockSize)
+	}{{Gzip, 0}, {Gzip, 1}, {Gzip, 9}, {Zstd, 0}, {Zstd, 1}, {Zstd, 22}, {LZ4, 0}, {LZ4, 1}, {LZ4, maxLZ4Level}, {XZ, 0}, {XZ, 1}, {XZ, 9}} {
+		comp, err := newCompressor(Options{Compressor: tc.c, Level: tc.level, BlockSize: DefaultBlockSize})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -86,7 +86,7 @@ func TestCodecRoundTrip(t *testing.T) {
 		if n, ok, err := comp.Compress(make([]byte, len(src)), src); n != 0 || ok || err != nil {
 			t.Errorf("%v level %d: noise gave %d, %v, %v", tc.c, tc.level, n, ok, err)
 		}
-		if _, err := newCompressor(tc.c, 99, DefaultBlockSize); err == nil {
+		if _, err := newCompressor(Options{Compressor: tc.c, Level: 99, BlockSize: DefaultBlockSize}); err == nil {
 			t.Errorf("%v: level 99 was accepted", tc.c)
 		}
 	}

@@ -105,8 +105,8 @@ func FuzzUnpack(f *testing.F) {
 // FuzzDecompress feeds the codecs directly: in an image, most changed blocks
 // end at a check sum. A block must never unpack to more than its buffer.
 func FuzzDecompress(f *testing.F) {
-	for _, c := range []Compressor{Gzip, Zstd, LZ4} {
-		comp, err := newCompressor(c, 0, MinBlockSize)
+	for _, c := range []Compressor{Gzip, Zstd, LZ4, XZ} {
+		comp, err := newCompressor(Options{Compressor: c, BlockSize: MinBlockSize})
 		if err != nil {
 			f.Fatal(err)
 		}

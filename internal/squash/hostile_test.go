@@ -226,7 +226,7 @@ func TestForgeryIsValid(t *testing.T) {
 
 // zeroBomb is a gzip block of n zeroes.
 func zeroBomb(t testing.TB, n int) []byte {
-	c, err := newCompressor(Gzip, 9, MaxBlockSize)
+	c, err := newCompressor(Options{Compressor: Gzip, Level: 9, BlockSize: MaxBlockSize})
 	if err != nil {
 		t.Fatal(err)
 	}

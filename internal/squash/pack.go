@@ -20,6 +20,7 @@ type Options struct {
 	Compressor Compressor // zero: Gzip
 	Level      int        // zero: the compressor's default
 	BlockSize  int        // bytes; zero: DefaultBlockSize
+	DictSize   int        // of xz, bytes; zero: the block size
 	Workers    int        // zero: runtime.GOMAXPROCS, which knows the cgroup's quota
 
 	// Epoch, if set, makes the image reproducible as SOURCE_DATE_EPOCH asks

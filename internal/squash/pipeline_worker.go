@@ -10,7 +10,7 @@ import (
 
 // worker does the work that may be done in any order.
 func (p *pipeline) worker(ctx context.Context) error {
-	comp, err := newCompressor(p.w.opt.Compressor, p.w.opt.Level, p.w.opt.BlockSize)
+	comp, err := newCompressor(p.w.opt)
 	if err != nil {
 		return err
 	}

@@ -43,7 +43,7 @@ type writer struct {
 }
 
 func newWriter(out io.WriterAt, opt Options) (*writer, error) {
-	comp, err := newCompressor(opt.Compressor, opt.Level, opt.BlockSize)
+	comp, err := newCompressor(opt)
 	if err != nil {
 		return nil, err
 	}
@@ -73,13 +73,12 @@ func (w *writer) run(ctx context.Context, src Source) error {
 	return w.finish(len(options) > 0)
 }
 
-// options returns the compressor options' metadata block, for the compressors
-// whose readers insist on it.
+// options returns the compressor options' metadata block, or nothing.
 func (w *writer) options() ([]byte, error) {
-	if w.opt.Compressor != LZ4 {
-		return nil, nil
+	o, err := writerOptions(&w.opt)
+	if o == nil || err != nil {
+		return nil, err
 	}
-	o := compressorOptions{Version: 1, HC: w.opt.Level > 0}
 	content, err := o.append(nil, w.opt.Compressor)
 	if err != nil {
 		return nil, err
@@ -105,6 +104,10 @@ func (w *writer) finish(hasOptions bool) error {
 	}
 	if hasOptions {
 		sb.Flags |= flagCompressorOptions
+	}
+	if w.opt.Compressor == None {
+		sb.Compressor = Gzip
+		sb.Flags |= flagUncompressedInodes | flagUncompressedData | flagUncompressedFragments | flagUncompressedXattrs | flagUncompressedIDs
 	}
 	if len(w.fragments) > math.MaxInt32 {
 		return fmt.Errorf("%d fragment blocks: the limit is %d", len(w.fragments), math.MaxInt32)

@@ -30,10 +30,6 @@ type gzipCompressor struct {
 }
 
 func newGzipCompressor(level int) (compressor, error) {
-	level, err := checkLevel(Gzip, level, defaultGzipLevel, 1, maxGzipLevel)
-	if err != nil {
-		return nil, err
-	}
 	c := C.libdeflate_alloc_compressor(C.int(level))
 	if c == nil {
 		return nil, errors.New("allocate a gzip compressor: out of memory")

@@ -1,22 +1,66 @@
 // SPDX-License-Identifier: Apache-2.0
 
+//go:build !cgo
+
 package squash
 
 import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"hash/crc32"
 	"hash/crc64"
 
+	"github.com/ulikunitz/xz"
 	"github.com/ulikunitz/xz/lzma"
 )
+
+// The library has one way to compress, whatever the level, and makes larger
+// images.
+const xzImplementation = "ulikunitz/xz"
+
+type xzCompressor struct {
+	dict int
+	out  bytes.Buffer
+}
+
+func newXZCompressor(_, dictSize int) (compressor, error) {
+	return &xzCompressor{dict: dictSize}, nil
+}
+
+func (x *xzCompressor) Compress(dst, src []byte) (int, bool, error) {
+	if len(src) == 0 {
+		return 0, false, nil
+	}
+	x.out.Reset()
+	dict := x.dict
+	if len(src) <= metaBlockSize {
+		dict = metaBlockSize
+	}
+	w, err := xz.WriterConfig{DictCap: dict, CheckSum: xz.CRC32}.NewWriter(&x.out)
+	if err == nil {
+		_, err = w.Write(src)
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
+		return 0, false, fmt.Errorf("compress an xz block: %w", err)
+	}
+	if n := x.out.Len(); n >= len(src) || n > len(dst) {
+		return 0, false, nil
+	}
+	return copy(dst, x.out.Bytes()), true, nil
+}
 
 // xzDecompressor reads xz streams of one block and the LZMA2 filter, which is
 // what every SquashFS writer makes. The container is parsed here, because the
 // dictionary size in it is a stranger's word for up to 4 GiB of memory; a
 // dictionary larger than the block's content is never needed.
 type xzDecompressor struct{}
+
+func newXZDecompressor() (decompressor, error) { return xzDecompressor{}, nil }
 
 var crc64ECMA = crc64.MakeTable(crc64.ECMA)
 

@@ -23,10 +23,6 @@ type gzipCompressor struct {
 }
 
 func newGzipCompressor(level int) (compressor, error) {
-	level, err := checkLevel(Gzip, level, defaultGzipLevel, 1, maxGzipLevel)
-	if err != nil {
-		return nil, err
-	}
 	w, err := zlib.NewWriterLevel(io.Discard, level)
 	if err != nil {
 		return nil, fmt.Errorf("gzip level %d: %w", level, err)
