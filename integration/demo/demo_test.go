@@ -98,9 +98,18 @@ func leftovers(t *testing.T, root string) []string {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(mounts)) {
-		fields := strings.Fields(line)
-		if strings.Contains(line, " squashfs ") || strings.Contains(fields[4], "/demo.") {
-			found = append(found, "mount "+strings.TrimSpace(line))
+		point := strings.Fields(line)[4]
+		if strings.HasPrefix(point, filepath.Join(root, "build")) || strings.Contains(point, "/imslocal") {
+			found = append(found, "mount "+point)
+		}
+	}
+	loops, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, loop := range loops {
+		if file, err := os.ReadFile(loop); err == nil && strings.HasPrefix(string(file), filepath.Join(root, "build")) {
+			found = append(found, "loop device on "+strings.TrimSpace(string(file)))
 		}
 	}
 	dirs, err := filepath.Glob(filepath.Join(root, "build/demo.*"))
