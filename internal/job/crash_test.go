@@ -54,7 +54,7 @@ func TestRestart(t *testing.T) {
 			child := exec.Command("/proc/self/exe", ChildArg, p.testConfig().String())
 			child.Stderr = &p.log
 			var once sync.Once
-			p.ims.before = func(call string) int {
+			p.ims.intercept(func(call string) int {
 				answer := 0
 				if call == step {
 					once.Do(func() {
@@ -63,7 +63,7 @@ func TestRestart(t *testing.T) {
 					})
 				}
 				return answer
-			}
+			})
 			if err := child.Start(); err != nil {
 				t.Fatal(err)
 			}
@@ -88,7 +88,7 @@ func TestRestart(t *testing.T) {
 // What the process cannot report itself, its supervisor does.
 func TestSupervise(t *testing.T) {
 	kill := func(step string) func(*pod) {
-		return func(p *pod) { p.ims.before = onCall(step, p.killChild) }
+		return func(p *pod) { p.ims.intercept(onCall(step, p.killChild)) }
 	}
 	for name, c := range map[string]struct {
 		arrange func(*pod)
@@ -107,6 +107,7 @@ func TestSupervise(t *testing.T) {
 			p := newPod(t)
 			c.arrange(p)
 			defer p.sshd()()
+			c.want.crashed = c.panic
 			p.check(p.supervise(t.Context(), c.panic), c.want)
 		})
 	}

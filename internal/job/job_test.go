@@ -162,12 +162,12 @@ func TestUserGivesUp(t *testing.T) {
 func TestFaults(t *testing.T) {
 	always := func(call string, status int) func(*pod) {
 		return func(p *pod) {
-			p.ims.before = func(c string) int {
+			p.ims.intercept(func(c string) int {
 				if c == call {
 					return status
 				}
 				return 0
-			}
+			})
 		}
 	}
 	inRoot := func(p *pod, line ...string) {
@@ -247,14 +247,14 @@ func swapRoot(p *pod) {
 func TestServiceReturns(t *testing.T) {
 	p := newPod(t)
 	failed := map[string]int{}
-	p.ims.before = func(call string) int {
+	p.ims.intercept(func(call string) int {
 		p.ims.mu.Lock()
 		defer p.ims.mu.Unlock()
 		if failed[call]++; failed[call] <= 2 {
 			return 503
 		}
 		return 0
-	}
+	})
 	p.check(p.run(t.Context()), success)
 }
 
@@ -263,12 +263,12 @@ func TestServiceReturns(t *testing.T) {
 func TestLastStatus(t *testing.T) {
 	p := newPod(t)
 	down := true
-	p.ims.before = func(call string) int {
+	p.ims.intercept(func(call string) int {
 		if down && call == "PATCH jobs status=success" {
 			return 500
 		}
 		return 0
-	}
+	})
 	if exit := p.run(t.Context()); exit != 1 {
 		t.Errorf("exit %d", exit)
 	}
@@ -288,9 +288,9 @@ func TestLastStatus(t *testing.T) {
 func TestTold(t *testing.T) {
 	told := errors.New("told to end")
 	for name, arrange := range map[string]func(p *pod, end func()){
-		"at the login":  func(p *pod, end func()) { p.ims.before = onCall("PATCH jobs status=waiting_on_user", end) },
+		"at the login":  func(p *pod, end func()) { p.ims.intercept(onCall("PATCH jobs status=waiting_on_user", end)) },
 		"with the user": func(p *pod, end func()) { p.user = end },
-		"while packing": func(p *pod, end func()) { p.ims.before = onCall("PATCH jobs status=packaging_artifacts", end) },
+		"while packing": func(p *pod, end func()) { p.ims.intercept(onCall("PATCH jobs status=packaging_artifacts", end)) },
 		"amid the upload": func(p *pod, end func()) {
 			p.store.put = func(_ string, n int64) {
 				if n > 0 {
@@ -298,8 +298,8 @@ func TestTold(t *testing.T) {
 				}
 			}
 		},
-		"after the upload": func(p *pod, end func()) { p.ims.before = onCall("PATCH images link", end) },
-		"at the very end":  func(p *pod, end func()) { p.ims.before = onCall("PATCH jobs resultant_image_id", end) },
+		"after the upload": func(p *pod, end func()) { p.ims.intercept(onCall("PATCH images link", end)) },
+		"at the very end":  func(p *pod, end func()) { p.ims.intercept(onCall("PATCH jobs resultant_image_id", end)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

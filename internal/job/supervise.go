@@ -29,6 +29,10 @@ const (
 	// childOOMScore makes the kernel choose the child, which packs, before its
 	// small supervisor (proc(5), oom_score_adj).
 	childOOMScore = 500
+
+	// settle lets the store finish with the dead process's last requests: parts
+	// that arrive after an abort stay in some stores for ever.
+	settle = 2 * time.Second
 )
 
 // Supervise runs the job in a child process and, when that ends in a way it
@@ -87,6 +91,9 @@ func takeOver(ctx context.Context, cfg config.Sidecar, deps Deps, cause error) i
 	}
 	if r.state.Phase == phaseRegistered {
 		return r.finish(ctx, nil)
+	}
+	if r.state.ImageID != "" {
+		time.Sleep(settle)
 	}
 	return r.finish(ctx, cause)
 }
