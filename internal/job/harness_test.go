@@ -183,7 +183,7 @@ type pod struct {
 	stdout bytes.Buffer
 	log    lockedBuffer
 	tune   tuning
-	deaf   bool // sshd listens and never answers
+	deaf   bool // sshd hangs up on everybody
 
 	listener net.Listener
 
@@ -322,9 +322,7 @@ func (p *pod) sshd() (stop func()) {
 		if _, err := f.Wait(ctx, log, signalfile.Ready); err != nil {
 			return
 		}
-		if !p.deaf {
-			wg.Go(func() { p.serve(l) })
-		}
+		wg.Go(func() { p.serve(l) })
 		if !p.awaitStatus(ctx, "waiting_on_user") {
 			return
 		}
@@ -398,6 +396,10 @@ func (p *pod) serve(l net.Listener) {
 		c, err := l.Accept()
 		if err != nil {
 			return
+		}
+		if p.deaf {
+			c.Close()
+			continue
 		}
 		go func() {
 			defer c.Close()
