@@ -20,7 +20,7 @@ GOTESTFLAGS ?=
 # Seconds each fuzz target runs in `make test`
 FUZZTIME ?= 5s
 
-.PHONY: help build demo run test test-unit test-integration fuzz bench images lint deps-build clean
+.PHONY: help build demo run test test-unit test-integration fuzz bench images boot-test lint deps-build clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ bench: build ## Compare side by side with the tools a user would pick instead
 images: build ## Build both container images with podman (base from debootstrap)
 	@scripts/deps.sh demo images
 	@images/build.sh
+
+boot-test: build ## Boot an image with its own kernel and initrd in QEMU, about a minute (IMAGE=file)
+	@scripts/deps.sh demo boot
+	@scripts/boot-test.sh $(IMAGE)
 
 lint: deps-build ## gofmt, go vet, staticcheck
 	@scripts/lint.sh

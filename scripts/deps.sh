@@ -1,13 +1,14 @@
 #!/bin/bash
 # deps.sh GROUP...: install what a group of targets needs, if it is missing (Debian, root).
-# Groups: build, demo, test, images.
+# Groups: build, demo, test, images, boot.
 set -euo pipefail
 
 build=(gcc libc6-dev libdeflate-dev libzstd-dev liblzma-dev liblz4-dev)
 demo=(debootstrap openssh-client ca-certificates curl)
 test=(squashfs-tools squashfs-tools-ng busybox-static openssh-server rsync attr libcap2-bin tmux
-      python3-paramiko ansible-core cpio)
+      python3-paramiko ansible-core cpio iproute2)
 images=(podman runc catatonit)
+boot=(qemu-system-x86 busybox-static)
 
 want=()
 for group in "$@"; do
@@ -16,6 +17,7 @@ for group in "$@"; do
     demo)   want+=("${demo[@]}") ;;
     test)   want+=("${test[@]}" "${images[@]}") ;;
     images) want+=("${images[@]}") ;;
+    boot)   want+=("${boot[@]}") ;;
     *) echo "deps.sh: unknown group $group" >&2; exit 2 ;;
     esac
 done
