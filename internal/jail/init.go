@@ -237,9 +237,8 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 	keep := uint64(sessionCaps)
 	if s.level == Chroot {
 		keep &^= 1 << unix.CAP_SYS_CHROOT
-		if open := openDevices(s.root); open != "" {
+		if m.noNodes {
 			keep &^= 1 << unix.CAP_MKNOD
-			notes = append(notes, "sessions cannot make device nodes: this container lets root open "+open)
 		}
 	}
 	if s.caps, err = boundThread(keep); err != nil {

@@ -177,6 +177,7 @@ type setupMsg struct {
 	root     string
 	dev, ino uint64 // of root as the gateway sees it: both must look at the same directory
 	legacy   bool   // plain level: mount what the job asked for with DKMS
+	noNodes  bool   // chroot level: sessions may not make device nodes
 	env      []string
 }
 
@@ -186,6 +187,7 @@ func (m *setupMsg) encode(e *encoder) {
 	e.num(m.dev)
 	e.num(m.ino)
 	e.flag(m.legacy)
+	e.flag(m.noNodes)
 	e.list(m.env)
 }
 
@@ -195,7 +197,7 @@ func (m *setupMsg) decode(b []byte) error {
 	if d.err == nil && (l < uint32(Plain) || l > uint32(Namespaces)) {
 		return fmt.Errorf("%w: level %d", errMalformed, l)
 	}
-	*m = setupMsg{level: Level(l), root: d.str(), dev: d.num(), ino: d.num(), legacy: d.flag(), env: d.list()}
+	*m = setupMsg{level: Level(l), root: d.str(), dev: d.num(), ino: d.num(), legacy: d.flag(), noNodes: d.flag(), env: d.list()}
 	return d.end()
 }
 

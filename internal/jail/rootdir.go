@@ -54,7 +54,7 @@ func (d *imageDir) fd() int { return int(d.f.Fd()) }
 
 // errImage means that the image itself prevents a confinement. No weaker one is tried: whoever made the image would choose
 // the level.
-var errImage = errors.New("nothing can be mounted on it; repair the image")
+var errImage = errors.New("repair the image")
 
 // keepTimes runs change and gives the directory back the times it had.
 func keepTimes(dirfd int, change func() error) error {
@@ -83,7 +83,7 @@ func (d *imageDir) makeMountPoints(names ...string) error {
 		case err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR:
 			continue
 		case err == nil:
-			return fmt.Errorf("/%s of the image is not a directory: %w", name, errImage)
+			return fmt.Errorf("/%s of the image is not a directory, so nothing can be mounted on it: %w", name, errImage)
 		case !errors.Is(err, unix.ENOENT):
 			return fmt.Errorf("look at /%s of the image: %w", name, err)
 		}
@@ -337,62 +337,5 @@ func (d *imageDir) sync() error {
 	if err := unix.Syncfs(d.fd()); err != nil {
 		return fmt.Errorf("sync image root: %w", err)
 	}
-	return nil
-}
-
-// nodeName is the name of the device nodes that tests of what may be opened make and remove.
-const nodeName = ".ims-device-probe"
-
-// hostDevices are devices no session may open, where they exist: disks, and memory.
-var hostDevices = []devEntry{
-	{mode: unix.S_IFBLK, rdev: unix.Mkdev(8, 0)},    // sda
-	{mode: unix.S_IFBLK, rdev: unix.Mkdev(253, 0)},  // device mapper, virtio
-	{mode: unix.S_IFBLK, rdev: unix.Mkdev(254, 0)},  // virtio
-	{mode: unix.S_IFBLK, rdev: unix.Mkdev(259, 0)},  // nvme
-	{mode: unix.S_IFBLK, rdev: unix.Mkdev(7, 0)},    // loop0
-	{mode: unix.S_IFCHR, rdev: unix.Mkdev(1, 1)},    // mem
-	{mode: unix.S_IFCHR, rdev: unix.Mkdev(1, 4)},    // port
-	{mode: unix.S_IFCHR, rdev: unix.Mkdev(10, 237)}, // loop-control
-}
-
-// openDevices makes device nodes below root and tries to open them. It returns the first that is not forbidden, ""
-// when all are: by the container's device control group or by a nodev mount. Whether the device exists is not the
-// question, a permission granted for one that does not would show as ENXIO.
-func openDevices(root *os.File) (open string) {
-	dir, err := unix.Openat(int(root.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "the image root unreadable"
-	}
-	defer unix.Close(dir)
-	err = keepTimes(dir, func() error {
-		for _, d := range append(partitions(), hostDevices...) {
-			if err := tryDevice(dir, d); !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EACCES) {
-				kind := "block"
-				if d.mode == unix.S_IFCHR {
-					kind = "character"
-				}
-				open = fmt.Sprintf("%s device %d:%d", kind, unix.Major(d.rdev), unix.Minor(d.rdev))
-				return nil
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return "the image root unusable"
-	}
-	return open
-}
-
-// tryDevice makes the node, opens it and removes it again.
-func tryDevice(dirfd int, d devEntry) error {
-	if err := unix.Mknodat(dirfd, nodeName, d.mode|0o600, int(d.rdev)); err != nil {
-		return err
-	}
-	defer unix.Unlinkat(dirfd, nodeName, 0)
-	fd, err := unix.Openat(dirfd, nodeName, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	unix.Close(fd)
 	return nil
 }

@@ -86,17 +86,18 @@ func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error
 			dir.f.Close()
 		}
 	}()
-	legacy := level == Plain && cfg.DKMS && mayMount(cfg.Log)
+	var setup setupMsg
+	setup.legacy = level == Plain && cfg.DKMS && mayMount(cfg.Log)
 	switch {
-	case level == Namespaces, legacy:
+	case level == Namespaces, setup.legacy:
 		err = dir.makeMountPoints("proc", "sys", "dev")
 	case level == Chroot:
-		err = dir.makeDevices()
+		setup.noNodes, err = j.guardDevices()
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := j.startInit(ctx, cfg, legacy); err != nil {
+	if err := j.startInit(ctx, cfg, setup); err != nil {
 		return nil, err
 	}
 	if level != Plain {
@@ -105,6 +106,21 @@ func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error
 		}
 	}
 	return j, nil
+}
+
+// guardDevices prepares the image's device nodes for the chroot level and reports whether sessions must not make any.
+func (j *Jail) guardDevices() (noNodes bool, err error) {
+	open, err := j.dir.openDevices()
+	if err != nil {
+		return false, err
+	}
+	if open != "" {
+		j.log.Warn("sessions cannot make device nodes: this container lets root open devices", "for example", open)
+		if err := j.dir.findDevices(); err != nil {
+			return false, err
+		}
+	}
+	return open != "", j.dir.makeDevices()
 }
 
 // mayMount reports whether the plain level can mount what DKMS asks for.
@@ -129,7 +145,7 @@ func initNamespaces(level Level, legacy bool) uintptr {
 }
 
 // startInit starts the init child and has it build the confinement.
-func (j *Jail) startInit(ctx context.Context, cfg Config, legacy bool) error {
+func (j *Jail) startInit(ctx context.Context, cfg Config, setup setupMsg) error {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return fmt.Errorf("make socket pair: %w", err)
@@ -145,7 +161,7 @@ func (j *Jail) startInit(ctx context.Context, cfg Config, legacy bool) error {
 		return err
 	}
 	j.trace = newTail(j.log)
-	err = j.fork(theirs, errW, initNamespaces(j.level, legacy))
+	err = j.fork(theirs, errW, initNamespaces(j.level, setup.legacy))
 	errW.Close()
 	if err != nil {
 		j.conn.close()
@@ -154,7 +170,8 @@ func (j *Jail) startInit(ctx context.Context, cfg Config, legacy bool) error {
 	}
 	go j.trace.read(errR)
 
-	setup := setupMsg{level: j.level, root: cfg.Root, dev: j.dir.st.Dev, ino: j.dir.st.Ino, legacy: legacy, env: cfg.Env}
+	setup.level, setup.root, setup.env = j.level, cfg.Root, cfg.Env
+	setup.dev, setup.ino = j.dir.st.Dev, j.dir.st.Ino
 	stop := context.AfterFunc(ctx, func() { j.kill(ctx.Err()) })
 	defer stop()
 	if err := j.conn.send(opSetup, 0, &setup); err != nil {

@@ -329,3 +329,33 @@ func TestMountPointsRefused(t *testing.T) {
 		}
 	}
 }
+
+// TestImageDevices promises that no session opens a disk. ATTACK: the image brings the node of one along, far from /dev.
+func TestImageDevices(t *testing.T) {
+	testkit.NeedRoot(t)
+	devs := partitions()
+	if len(devs) == 0 {
+		t.Skip("this machine has no block device")
+	}
+	rdev := devs[0].rdev
+	root := newRoot(t)
+	tree.Make(t, root, fmt.Sprintf("block var/lib/x/disk %d %d", unix.Major(rdev), unix.Minor(rdev)), "char var/lib/x/null 1 3", "block var/lib/x/none 250 77")
+	buildAttacker(t, root)
+	for _, level := range []Level{Chroot, Namespaces} {
+		if level == Namespaces && inPod() {
+			continue
+		}
+		j, err := Start(t.Context(), Config{Root: root, Level: level, Log: testLog(t)})
+		if err != nil {
+			// Refusing is right where the container lets root open devices, which this machine does.
+			if level != Chroot || !errors.Is(err, errImage) || !strings.Contains(err.Error(), "/var/lib/x/disk") {
+				t.Errorf("%s: %v", level, err)
+			}
+			continue
+		}
+		if out, _, exit := run(t, j, "attacker device-nodes / 0"); exit.Code == 0 {
+			t.Errorf("%s: %s", level, out)
+		}
+		j.Stop(t.Context(), 0)
+	}
+}
