@@ -4,6 +4,7 @@ package jail
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
+	"golang.org/x/sys/unix"
 )
 
 // TestInPod runs this package's other tests with the capabilities of an unprivileged pod.
@@ -30,6 +32,51 @@ func TestInPod(t *testing.T) {
 		if !strings.Contains(string(out), "--- PASS: "+name) {
 			t.Errorf("%s was not run in the pod", name)
 		}
+	}
+}
+
+// podDevices is what container runtimes let a pod do with devices: make all, open these.
+var podDevices = []string{
+	"c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm", "c 5:2 rwm", "c 136:* rwm",
+}
+
+// TestPodDevices promises that sessions may make device nodes where the container's rules keep them from opening them.
+func TestPodDevices(t *testing.T) {
+	testkit.NeedRoot(t)
+	if inPod() {
+		root := newRoot(t)
+		j := startJail(t, Config{Root: root, Level: Chroot})
+		if j.caps&(1<<unix.CAP_MKNOD) == 0 {
+			t.Error("CAP_MKNOD was taken away for nothing")
+		}
+		if got := output(t, j, "mknod /tmp/disk b 8 0 && stat -c %F /tmp/disk; cat /tmp/disk 2>&1; true"); got != "block special file\ncat: /tmp/disk: Operation not permitted" {
+			t.Errorf("a made node: %q", got)
+		}
+		buildAttacker(t, root)
+		for _, attack := range []string{"mknod", "device-nodes"} {
+			if out, _, exit := run(t, j, "attacker "+attack+" / 0"); exit.Code != 1 {
+				t.Errorf("%s: %s", attack, out)
+			}
+		}
+		return
+	}
+	group := fmt.Sprintf("/sys/fs/cgroup/devices/ims-buildenv-test-%d", os.Getpid())
+	if err := os.Mkdir(group, 0o755); err != nil {
+		t.Skipf("no device control group (cgroup v1) to make rules in: %v", err)
+	}
+	t.Cleanup(func() { os.Remove(group) })
+	if err := os.WriteFile(filepath.Join(group, "devices.deny"), []byte("a"), 0); err != nil {
+		t.Skipf("no rules can be made: %v", err)
+	}
+	for _, line := range podDevices {
+		if err := os.WriteFile(filepath.Join(group, "devices.allow"), []byte(line), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^TestPodDevices$", "-test.v")
+	cmd.Env = append(os.Environ(), podEnv+"=cut", cgroupEnv+"="+group)
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestPodDevices") {
+		t.Errorf("in the pod: %v\n%s", err, out)
 	}
 }
 

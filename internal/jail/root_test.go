@@ -27,6 +27,9 @@ import (
 // podEnv tells a re-executed test binary that it has the capabilities of an unprivileged pod.
 const podEnv = "IMS_BUILDENV_TEST_POD"
 
+// cgroupEnv names the control group such a process joins first.
+const cgroupEnv = "IMS_BUILDENV_TEST_CGROUP"
+
 // podCaps is the default set of container runtimes.
 const podCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FSETID | 1<<unix.CAP_FOWNER | 1<<unix.CAP_MKNOD |
 	1<<unix.CAP_NET_RAW | 1<<unix.CAP_SETGID | 1<<unix.CAP_SETUID | 1<<unix.CAP_SETFCAP | 1<<unix.CAP_SETPCAP |
@@ -35,6 +38,12 @@ const podCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FSETI
 func TestMain(m *testing.M) {
 	ChildMain()
 	if os.Getenv(podEnv) == "cut" {
+		if group := os.Getenv(cgroupEnv); group != "" {
+			if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte("0"), 0); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+		}
 		runtime.LockOSThread()
 		if _, err := boundThread(podCaps); err != nil {
 			fmt.Fprintln(os.Stderr, err)
