@@ -103,6 +103,9 @@ func xzBlock(src []byte) (data []byte, check byte, err error) {
 	if len(src) < streamHeader+8 || !bytes.HasPrefix(src, []byte("\xfd7zXZ\x00")) {
 		return nil, 0, corruptf("xz block without a stream header")
 	}
+	if !bytes.HasSuffix(src, []byte("YZ")) {
+		return nil, 0, corruptf("xz block is cut short")
+	}
 	if binary.LittleEndian.Uint32(src[8:]) != crc32.ChecksumIEEE(src[6:8]) || src[6] != 0 || src[7] > 0xf {
 		return nil, 0, corruptf("xz block with a damaged stream header")
 	}

@@ -44,9 +44,12 @@ func TestPackJudged(t *testing.T) {
 	dir := fullTree(t)
 	for _, opt := range []Options{
 		{}, {BlockSize: MinBlockSize}, {BlockSize: MaxBlockSize}, {Level: maxGzipLevel, Workers: 7},
-		{Compressor: Zstd}, {Compressor: Zstd, Level: 19, BlockSize: MinBlockSize}, {Compressor: LZ4}, {Compressor: LZ4, Level: 9},
+		{Compressor: Zstd}, {Compressor: Zstd, Level: 1}, {Compressor: Zstd, Level: 15}, {Compressor: Zstd, Level: 19, BlockSize: MinBlockSize},
+		{Compressor: Zstd, Level: 22, BlockSize: MaxBlockSize}, {Compressor: LZ4}, {Compressor: LZ4, Level: maxLZ4Level},
+		{Compressor: XZ}, {Compressor: XZ, Level: 9, BlockSize: MaxBlockSize}, {Compressor: XZ, BlockSize: MinBlockSize},
+		{Compressor: XZ, DictSize: 96 << 10}, {Compressor: None}, {Compressor: None, BlockSize: MinBlockSize},
 	} {
-		t.Run(fmt.Sprintf("%v-%d-%d", opt.Compressor, opt.Level, opt.BlockSize), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%v-%d-%d-%d", opt.Compressor, opt.Level, opt.BlockSize, opt.DictSize), func(t *testing.T) {
 			image, st := packDir(t, dir, opt)
 			if len(st.Warnings) > 0 {
 				t.Errorf("warnings: %q", st.Warnings)
@@ -255,6 +258,42 @@ func TestPackIDs(t *testing.T) {
 	for _, n := range []int{65536, 65537} {
 		if _, err := Pack(t.Context(), ids(n), &memOut{}, Options{}); err == nil || !strings.Contains(err.Error(), "65535: user or group id 2147450880 is one too many") {
 			t.Errorf("%d ids: %v", n, err)
+		}
+	}
+}
+
+// The options block is the one mksquashfs writes for the same wishes.
+func TestPackCompressorOptions(t *testing.T) {
+	testkit.NeedTool(t, "mksquashfs")
+	dir := t.TempDir()
+	treekit.Make(t, dir, "file f 0644 text")
+	for _, c := range []struct {
+		opt  Options
+		argv []string
+	}{
+		{Options{}, []string{"-comp", "gzip"}},
+		{Options{Level: 3}, []string{"-comp", "gzip", "-Xcompression-level", "3"}},
+		{Options{Level: 9}, []string{"-comp", "gzip", "-Xcompression-level", "9"}},
+		{Options{Compressor: Zstd, Level: 15}, []string{"-comp", "zstd"}},
+		{Options{Compressor: Zstd, Level: 3}, []string{"-comp", "zstd", "-Xcompression-level", "3"}},
+		{Options{Compressor: LZ4}, []string{"-comp", "lz4"}},
+		{Options{Compressor: LZ4, Level: maxLZ4Level}, []string{"-comp", "lz4", "-Xhc"}},
+		{Options{Compressor: XZ}, []string{"-comp", "xz"}},
+		{Options{Compressor: XZ, DictSize: 64 << 10}, []string{"-comp", "xz", "-Xdict-size", "64K"}},
+		{Options{Compressor: XZ, DictSize: 96 << 10}, []string{"-comp", "xz", "-Xdict-size", "96K"}},
+		{Options{Compressor: None}, []string{"-noI", "-noD", "-noF", "-noX"}},
+	} {
+		theirs := filepath.Join(t.TempDir(), "theirs.sqsh")
+		run(t, "mksquashfs", append([]string{dir, theirs, "-noappend", "-no-progress", "-quiet"}, c.argv...)...)
+		want := openImage(t, theirs)
+		image, _ := packDir(t, dir, c.opt)
+		got := openImage(t, image)
+		if got.sb.Compressor != want.sb.Compressor || (got.options == nil) != (want.options == nil) ||
+			got.options != nil && *got.options != *want.options {
+			t.Errorf("%q: %v with %+v, want %v with %+v", c.argv, got.sb.Compressor, got.options, want.sb.Compressor, want.options)
+		}
+		if stored := uint16(flagUncompressedInodes | flagUncompressedData | flagUncompressedFragments | flagUncompressedXattrs); got.sb.Flags&stored != want.sb.Flags&stored {
+			t.Errorf("%q: flags %#x, want %#x", c.argv, got.sb.Flags, want.sb.Flags)
 		}
 	}
 }
