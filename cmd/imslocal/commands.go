@@ -55,6 +55,10 @@ func newServe() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the API, the S3 server and the jobs that clients create, until interrupted",
+		Long: "serve keeps records, objects and jobs in the data directory. There, s3-credentials holds the\n" +
+			"keys of the S3 server, and cluster-secrets the OAuth2 client for the token endpoint\n" +
+			"(" + local.TokenPath + "),\n" +
+			"which callers from other machines need. A job that runs when serve ends is marked error.",
 		Example: "  imslocal serve\n" +
 			"  imslocal serve --listen 127.0.0.1:9100 --s3-listen 127.0.0.1:7070 --data /srv/imslocal\n" +
 			"  curl http://127.0.0.1:9100/v3/jobs",

@@ -76,6 +76,8 @@ type apiConfig struct {
 	// trusted is set when only this machine can reach the listener: requests
 	// without a token are then let in.
 	trusted bool
+	// changed, if set, gets every job whose status was set; it must not block.
+	changed func(Job)
 }
 
 // api is the http.Handler.

@@ -114,15 +114,19 @@ func (a *api) getImage(c *call) {
 }
 
 func (a *api) patchImage(c *call) {
-	a.imageOps.Lock()
-	defer a.imageOps.Unlock()
-	image, ok := a.state.images.get(c.id)
-	if !ok {
+	if _, ok := a.state.images.get(c.id); !ok {
 		a.notFound(c)
 		return
 	}
 	in, ok := a.validated(c, imagePatchFields)
 	if !ok {
+		return
+	}
+	a.imageOps.Lock()
+	defer a.imageOps.Unlock()
+	image, ok := a.state.images.get(c.id)
+	if !ok { // deleted meanwhile
+		a.notFound(c)
 		return
 	}
 	// member by member in the order of the request, as the service does it
@@ -234,13 +238,16 @@ func (a *api) chosenImages(c *call) ([]Image, bool) {
 }
 
 func (a *api) undeleteImages(c *call) {
-	a.imageOps.Lock()
-	defer a.imageOps.Unlock()
-	images, ok := a.chosenImages(c)
-	if !ok {
+	if _, ok := a.chosenImages(c); !ok {
 		return
 	}
 	if _, ok := a.validated(c, undeleteFields); !ok {
+		return
+	}
+	a.imageOps.Lock()
+	defer a.imageOps.Unlock()
+	images, ok := a.chosenImages(c) // the other one may have been faster
+	if !ok {
 		return
 	}
 	for _, image := range images {

@@ -203,8 +203,6 @@ func (a *api) resolve(c *call, job *Job) (PodInput, error) {
 }
 
 func (a *api) patchJob(c *call) {
-	a.jobOps.Lock()
-	defer a.jobOps.Unlock()
 	if _, ok := a.state.jobs.get(c.id); !ok {
 		a.notFound(c)
 		return
@@ -213,6 +211,8 @@ func (a *api) patchJob(c *call) {
 	if !ok {
 		return
 	}
+	a.jobOps.Lock() // not while the body is read: that may take as long as the client likes
+	defer a.jobOps.Unlock()
 	// the image first: it stays when the status cannot be changed
 	if image, ok := in["resultant_image_id"].(string); ok {
 		if _, _, err := a.state.jobs.change(c.id, func(j *Job) { j.ResultantImageID = &image }); err != nil {
@@ -227,7 +227,11 @@ func (a *api) patchJob(c *call) {
 			return
 		}
 	}
-	job, _ := a.state.jobs.get(c.id)
+	job, ok := a.state.jobs.get(c.id)
+	if !ok { // deleted meanwhile
+		a.notFound(c)
+		return
+	}
 	a.reply(c, job)
 }
 
@@ -245,6 +249,9 @@ func (a *api) setStatus(id, status string) error {
 	}
 	if ok {
 		a.log.Info("job status", "job_id", job.ID, "status", status)
+		if a.changed != nil {
+			a.changed(job)
+		}
 	}
 	return nil
 }

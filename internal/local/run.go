@@ -50,8 +50,9 @@ var (
 	ErrInterrupted = errors.New("interrupted")
 )
 
-// pollEvery is how often the job's record is read.
-const pollEvery = 200 * time.Millisecond
+// statusBacklog is how many statuses of a job may wait to be told; a job has
+// half a dozen.
+const statusBacklog = 100
 
 // Run takes a base image through a customize job the way a client of the real
 // service does, and waits for its end. However it ends, nothing of it runs on
@@ -84,7 +85,17 @@ func Run(ctx context.Context, c RunConfig) (err error) {
 			}
 		}()
 	}
-	w, err := start(ctx, Config{Listen: "127.0.0.1:0", S3Listen: "127.0.0.1:0", Data: data, Runner: "process", SSHPort: c.Port, Log: c.Log, Out: c.Out})
+	// a poll would miss statuses that last for milliseconds
+	statuses := make(chan Job, statusBacklog)
+	w, err := start(ctx, Config{
+		Listen: "127.0.0.1:0", S3Listen: "127.0.0.1:0", Data: data, Runner: "process", SSHPort: c.Port, Log: c.Log, Out: c.Out,
+		changed: func(j Job) {
+			select {
+			case statuses <- j:
+			default:
+			}
+		},
+	})
 	if err != nil {
 		return err
 	}
@@ -98,7 +109,7 @@ func Run(ctx context.Context, c RunConfig) (err error) {
 			cancel(err)
 		}
 	}()
-	r, err := newRun(c, in, w, events)
+	r, err := newRun(c, in, w, events, statuses)
 	if err != nil {
 		return err
 	}
@@ -155,6 +166,8 @@ type run struct {
 	client *ims.Client
 	store  *upload.S3
 	events *events
+	// statuses of all jobs, which is one
+	statuses <-chan Job
 
 	begun  time.Time
 	phases []phase
@@ -167,9 +180,9 @@ type phase struct {
 	took  time.Duration
 }
 
-func newRun(c RunConfig, in *runInput, w *world, e *events) (*run, error) {
+func newRun(c RunConfig, in *runInput, w *world, e *events, statuses <-chan Job) (*run, error) {
 	client, err := ims.New(ims.Config{
-		BaseURL: w.url, Timeout: time.Minute, RetryPause: pollEvery,
+		BaseURL: w.url, Timeout: time.Minute, RetryPause: 200 * time.Millisecond,
 		OAuth: ims.OAuth{Endpoint: w.url + TokenPath, ClientID: w.secrets.ClientID, ClientSecret: w.secrets.ClientSecret},
 	})
 	if err != nil {
@@ -179,7 +192,7 @@ func newRun(c RunConfig, in *runInput, w *world, e *events) (*run, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &run{RunConfig: c, in: in, world: w, client: client, store: store, events: e, begun: time.Now()}, nil
+	return &run{RunConfig: c, in: in, world: w, client: client, store: store, events: e, statuses: statuses, begun: time.Now()}, nil
 }
 
 func (r *run) say(format string, args ...any) {
@@ -268,33 +281,24 @@ func (r *run) follow(ctx context.Context, job ims.Job) (ims.Job, error) {
 		return job, fmt.Errorf("job %s: the answer names no SSH container", job.ID)
 	}
 	port := job.SSHContainers[0].ConnectionInfo["customer_access"].Port
-	tick := time.NewTicker(pollEvery)
-	defer tick.Stop()
-	for last := ims.Status(""); ; {
-		if job.Status != last {
-			last = job.Status
-			r.enter(string(last))
-			r.say("%s", last)
-			if err := r.events.status(job.ID, string(last), port); err != nil {
-				return job, err
-			}
-			if last == ims.WaitingOnUser {
-				r.invite(port)
-			}
+	for status := string(job.Status); ; {
+		r.enter(status)
+		r.say("%s", status)
+		if err := r.events.status(job.ID, status, port); err != nil {
+			return job, err
 		}
-		if last == ims.Success || last == ims.Failed {
-			return job, nil
+		switch ims.Status(status) {
+		case ims.WaitingOnUser:
+			r.invite(port)
+		case ims.Success, ims.Failed:
+			return r.client.Job(ctx, job.ID)
 		}
 		select {
 		case <-ctx.Done():
 			return job, context.Cause(ctx)
-		case <-tick.C:
+		case next := <-r.statuses:
+			status = next.Status
 		}
-		next, err := r.client.Job(ctx, job.ID)
-		if err != nil {
-			return job, err
-		}
-		job = next
 	}
 }
 

@@ -28,6 +28,8 @@ type Config struct {
 	SSHPort  int    // port of a job's sshd, 0 for a free one per job
 	Log      *slog.Logger
 	Out      io.Writer // the containers' output, a line each with its origin
+
+	changed func(Job) // see apiConfig
 }
 
 // world is a running installation: API, store and runner.
@@ -114,7 +116,7 @@ func start(ctx context.Context, c Config) (_ *world, err error) {
 	a := newAPI(apiConfig{
 		state: records, objects: newS3Objects(w.store), log: c.Log, bucket: bucketImages,
 		clientID: w.secrets.ClientID, secret: w.secrets.ClientSecret,
-		tokenLife: tokenLife, trusted: addr.IP.IsLoopback(),
+		tokenLife: tokenLife, trusted: addr.IP.IsLoopback(), changed: c.changed,
 	})
 	if c.Runner == "none" {
 		a.runner = noRunner{}
