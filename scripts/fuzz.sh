@@ -6,6 +6,6 @@ grep -rlE '^func Fuzz[A-Za-z0-9_]*\(' --include='*_test.go' cmd internal | sort 
     package=./$(dirname "$file")
     sed -nE 's/^func (Fuzz[A-Za-z0-9_]*)\(.*/\1/p' "$file" | while read -r target; do
         echo "fuzz $package $target for $time"
-        go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" "$package"
+        go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -fuzzminimizetime 10x "$package"
     done
 done
