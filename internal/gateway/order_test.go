@@ -100,7 +100,7 @@ func (r *recorder) await(t *testing.T, want ...string) {
 	t.Helper()
 	for !reflect.DeepEqual(r.list(), want) {
 		<-r.added
-		if got := r.list(); len(got) > len(want) {
+		if got := r.list(); len(got) > len(want) || got[len(got)-1] == "close" && !reflect.DeepEqual(got, want) {
 			t.Fatalf("got %q, want %q", got, want)
 		}
 	}
@@ -170,12 +170,13 @@ func TestClientGoneWhileHeldOpen(t *testing.T) {
 	ss, rec, stdout, stderr, wait := endedSession(t, jail.Exit{})
 	defer stderr.Close()
 	wait()
-	rec.await(t, "exit-status 00000000")
+	stdout.WriteString("x")
+	rec.await(t, "out x", "exit-status 00000000")
 	for _, p := range ss.pumps {
 		ss.files = append(ss.files, p.r)
 	}
 	ss.clientGone()
-	rec.await(t, "exit-status 00000000", "eof", "close")
+	rec.await(t, "out x", "exit-status 00000000", "eof", "close")
 	if _, err := stdout.Write([]byte("x")); err == nil {
 		t.Error("the output can still be written; want EPIPE")
 	}

@@ -89,19 +89,26 @@ func (p *pump) run() {
 }
 
 // drained reports whether all that was written to the other end before the call has been
-// sent. The order matters: what left the pipe before the first look is still unsent only
-// as long as the pump is not idle.
+// sent, and either run has returned or somebody still holds that end. The order matters:
+// what left the pipe before the first look is still unsent only as long as the pump is not
+// idle.
 func (p *pump) drained() bool {
 	if p.done.Load() {
 		return true
 	}
 	raw, err := p.r.SyscallConn()
 	if err != nil {
-		return true
+		return false
 	}
 	var pending int
-	err = raw.Control(func(fd uintptr) { pending, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
-	return err != nil || pending == 0 && p.idle.Load()
+	var held bool
+	err = raw.Control(func(fd uintptr) {
+		pending, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ)
+		poll := []unix.PollFd{{Fd: int32(fd)}}
+		n, pollErr := ignoreEINTR(func() (int, error) { return unix.Poll(poll, 0) })
+		held = pollErr == nil && (n == 0 || poll[0].Revents&unix.POLLHUP == 0)
+	})
+	return err == nil && pending == 0 && held && p.idle.Load() // an error: r is closed, and run about to return
 }
 
 func ignoreEINTR(f func() (int, error)) (int, error) {

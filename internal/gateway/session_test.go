@@ -279,6 +279,22 @@ func TestClientGoneSIGPIPE(t *testing.T) {
 	}
 }
 
+// A client that reads no more says so; an endless command must then end by SIGPIPE.
+func TestEndOfWrites(t *testing.T) {
+	j := start(t, options{})
+	s := newSession(t, j.dial())
+	if err := s.Start("yes"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.SendRequest("eow@openssh.com", false, nil); err != nil {
+		t.Fatal(err)
+	}
+	var exit *ssh.ExitError
+	if err := s.Wait(); !errors.As(err, &exit) || exit.Signal() != "PIPE" {
+		t.Errorf("yes ended with %v, want SIGPIPE", err)
+	}
+}
+
 func TestTerminal(t *testing.T) {
 	j := start(t, options{})
 	c := j.dial()
