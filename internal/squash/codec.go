@@ -94,6 +94,9 @@ const (
 	impliedZstdLevel = 15
 )
 
+// zstdMaxWindow is the window of zstd --long at its usual limit.
+const zstdMaxWindow = 128 << 20
+
 // level returns the level to work with.
 func (o *Options) level() (int, error) {
 	limits := map[Compressor]struct{ def, highest int }{

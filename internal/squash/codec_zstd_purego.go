@@ -45,9 +45,6 @@ func (z *zstdCompressor) Compress(dst, src []byte) (int, bool, error) {
 	return copy(dst, z.buf), true, nil
 }
 
-// zstdMaxWindow is the window of zstd --long at its usual limit.
-const zstdMaxWindow = 128 << 20
-
 type zstdDecompressor struct{ dec *zstd.Decoder }
 
 func newZstdDecompressor() (decompressor, error) {

@@ -276,7 +276,7 @@ func readXattrs(dirFD int, name string) ([]Xattr, error) {
 	var xattrs []Xattr
 	for raw := range bytes.SplitSeq(bytes.TrimSuffix(list, []byte{0}), []byte{0}) {
 		key := string(raw)
-		if strings.HasPrefix(key, "trusted.overlay.") || strings.HasPrefix(key, "user.overlay.") {
+		if isOverlayXattr(key) {
 			continue
 		}
 		value, err := growing(func(buf []byte) (int, error) { return unix.Lgetxattr(p, key, buf) })
@@ -286,6 +286,12 @@ func readXattrs(dirFD int, name string) ([]Xattr, error) {
 		xattrs = append(xattrs, Xattr{Name: key, Value: value})
 	}
 	return xattrs, nil
+}
+
+// isOverlayXattr tells whether an attribute is overlayfs' own, which means
+// nothing outside the layer it was made in, or something else.
+func isOverlayXattr(name string) bool {
+	return strings.HasPrefix(name, "trusted.overlay.") || strings.HasPrefix(name, "user.overlay.")
 }
 
 // growing calls read with ever larger buffers until the result fits.
