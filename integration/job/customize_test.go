@@ -41,11 +41,14 @@ var flagMakers = map[string]func(j *job){
 		}
 		j.sftp("put "+file+" "+j.flag(".flag-in-the-making"), "rename "+j.flag(".flag-in-the-making")+" "+j.flag("complete"))
 	},
-	// what CFS does: the connection is cut once the command is accepted
+	// what CFS does: the connection is cut once the command runs
 	"client gone": func(j *job) {
-		master := filepath.Join(j.t.TempDir(), "master")
-		cmd := exec.Command("ssh", append(j.user.options(j.port), "-M", "-S", master, "root@127.0.0.1",
-			"echo started; sleep 1; touch "+j.flag("complete"))...)
+		cmd := exec.Command("ssh", append(j.user.options(j.port), "root@127.0.0.1", "echo started; cat; touch "+j.flag("complete"))...)
+		hold, err := cmd.StdinPipe()
+		if err != nil {
+			j.t.Fatal(err)
+		}
+		defer hold.Close()
 		out, err := cmd.StdoutPipe()
 		if err == nil {
 			err = cmd.Start()

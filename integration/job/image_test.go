@@ -51,7 +51,7 @@ func baseTree(more ...string) []string {
 		`file "usr/lib/odd name \n\u00e4\xff" 0644 odd`, "file var/empty 0000", "dir var/lonely 0111",
 		"symlink usr/lib/owned nowhere", "owner usr/lib/owned 123456:654321",
 	}
-	for _, applet := range []string{"sh", "ls", "cat", "touch", "rm", "ln", "mv", "mkdir", "echo", "sleep", "find", "grep", "id", "env", "chmod", "dd", "tr", "true", "cp", "stat", "setsid", "wc", "tail"} {
+	for _, applet := range []string{"sh", "ls", "cat", "touch", "rm", "ln", "mv", "mkdir", "echo", "sleep", "find", "grep", "id", "env", "chmod", "dd", "tr", "true", "cp", "stat", "setsid", "wc", "tail", "mkfifo"} {
 		lines = append(lines, "symlink bin/"+applet+" busybox")
 	}
 	return append(lines, more...)
