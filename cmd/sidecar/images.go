@@ -3,13 +3,11 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
-	"path"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -40,12 +38,23 @@ func newPack() *cobra.Command {
 	var opt squash.Options
 	c := &cobra.Command{
 		Use:   "pack [flags] SOURCE IMAGE",
-		Short: "Pack a directory as a SquashFS image",
-		Long: `pack writes the tree below the directory SOURCE to IMAGE: owners, modes, hard
-links, devices, extended attributes and holes as they are. IMAGE appears whole
-or not at all, after its structure has been read back. The same tree and --epoch
-give the same bytes, whatever the number of workers.`,
+		Short: "Pack a directory or a tar archive as a SquashFS image",
+		Long: `pack writes the tree below the directory SOURCE, or the one in the tar archive
+SOURCE, to IMAGE: owners, modes, hard links, devices, extended attributes and
+holes as they are. IMAGE appears whole or not at all, after its structure has
+been read back. The same tree and --epoch give the same bytes, whatever the
+number of workers, and whether from a directory or an archive of it.
+
+An archive may be plain or compressed with gzip, xz or zstd; "-" reads it from
+standard input. Its tree is never unpacked; unless it is a plain file, the
+content of its files is kept meanwhile in an unnamed file beside IMAGE.
+
+Each line of the --exclude-file is a path below the root or a pattern with
+*, ? and [...], as for mksquashfs -wildcards -ef; "... *.pyc" applies in every
+directory. What it matches is left out with everything below it.`,
 		Example: `  sidecar pack rootfs/ image.sqsh
+  sidecar pack rootfs.tar.xz image.sqsh
+  podman export box | sidecar pack - image.sqsh
   sidecar pack --compressor zstd --block-size 1M --epoch 0 rootfs/ image.sqsh
   sidecar pack --exclude-file site-excludes --one-file-system / /backup/host.sqsh`,
 		Args: exactly("SOURCE", "IMAGE"),
@@ -57,11 +66,11 @@ give the same bytes, whatever the number of workers.`,
 	}
 	fl := c.Flags()
 	fl.StringVar(&f.compressor, "compressor", "gzip", "gzip, xz, zstd, lz4 or none")
-	fl.IntVar(&f.level, "level", 0, "compression level; 0 is the compressor's default")
+	fl.IntVar(&f.level, "level", 0, "1 to 12 for gzip and lz4, 9 for xz, 22 for zstd; 0 is the compressor's default")
 	fl.StringVar(&f.blockSize, "block-size", "128K", "4K to 1M, a power of two")
 	fl.IntVar(&f.workers, "workers", 0, "parallel compressors; 0 follows the cgroup's processor quota")
 	fl.StringVar(&f.excludeFile, "exclude-file", "", "file with one path or pattern to leave out per line")
-	fl.BoolVar(&f.oneFileSystem, "one-file-system", false, "leave out what is mounted inside SOURCE")
+	fl.BoolVar(&f.oneFileSystem, "one-file-system", false, "leave out what is mounted inside the directory SOURCE")
 	fl.StringVar(&f.epoch, "epoch", "", "time of the image and latest time of its files, in seconds since 1970 (default $SOURCE_DATE_EPOCH)")
 	fl.BoolVar(&f.json, "json", false, "print statistics as JSON")
 	return c
@@ -115,25 +124,11 @@ func parseBlockSize(s string) (int, error) {
 }
 
 func pack(ctx context.Context, f packFlags, opt squash.Options, source, image string) error {
-	info, err := os.Stat(source)
+	src, done, err := openSource(ctx, f, source, image)
 	if err != nil {
 		return err
 	}
-	if !info.IsDir() {
-		return fmt.Errorf("pack %s: not a directory; unpack it first, as only directories can be packed", source)
-	}
-	exclude, err := readExcludes(f.excludeFile)
-	if err != nil {
-		return err
-	}
-	if inside(image, source) {
-		return fmt.Errorf("pack %s: %s lies inside it and would pack itself; write the image somewhere else", source, image)
-	}
-	src, err := squash.DirSource(source, squash.DirOptions{OneFileSystem: f.oneFileSystem, Exclude: exclude})
-	if err != nil {
-		return err
-	}
-	defer src.Close()
+	defer done()
 	bar := progress.New(stderr, "packing", 0)
 	opt.Progress = bar.Update
 	stats, err := squash.PackFile(ctx, src, image, opt)
@@ -152,6 +147,47 @@ func pack(ctx context.Context, f packFlags, opt squash.Options, source, image st
 	return nil
 }
 
+// openSource opens a directory, an archive, or standard input.
+func openSource(ctx context.Context, f packFlags, source, image string) (src squash.Source, done func(), err error) {
+	exclude, err := readExcludes(f.excludeFile)
+	if err != nil {
+		return nil, nil, err
+	}
+	archive := os.Stdin
+	if source != "-" {
+		info, err := os.Stat(source)
+		if err != nil {
+			return nil, nil, err
+		}
+		if info.IsDir() {
+			if inside(image, source) {
+				return nil, nil, fmt.Errorf("pack %s: %s lies inside it and would pack itself; write the image somewhere else", source, image)
+			}
+			src, err := squash.DirSource(source, squash.DirOptions{OneFileSystem: f.oneFileSystem, Exclude: exclude})
+			if err != nil {
+				return nil, nil, err
+			}
+			return src, func() { src.Close() }, nil
+		}
+		if archive, err = os.Open(source); err != nil {
+			return nil, nil, err
+		}
+	}
+	if f.oneFileSystem {
+		err = errors.New("--one-file-system is for directories")
+	} else {
+		src, err = squash.TarSource(ctx, archive, squash.TarOptions{SpoolDir: filepath.Dir(image), Exclude: exclude})
+	}
+	if err != nil {
+		archive.Close()
+		return nil, nil, fmt.Errorf("pack %s: %w", source, err)
+	}
+	return src, func() {
+		src.Close()
+		archive.Close()
+	}, nil
+}
+
 // inside reports whether a file to be made would lie below dir.
 func inside(name, dir string) bool {
 	parent, err1 := filepath.EvalSymlinks(filepath.Dir(name))
@@ -163,40 +199,6 @@ func inside(name, dir string) bool {
 	dir, err2 = filepath.Abs(dir)
 	rel, err3 := filepath.Rel(dir, parent)
 	return errors.Join(err1, err2, err3) == nil && filepath.IsLocal(rel)
-}
-
-// readExcludes reads paths relative to the packed root, one a line, with the
-// wildcards of path.Match; a leading slash and comments with # are allowed.
-func readExcludes(name string) (func(string) bool, error) {
-	if name == "" {
-		return nil, nil
-	}
-	file, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	var patterns []string
-	lines := bufio.NewScanner(file)
-	for n := 1; lines.Scan(); n++ {
-		p := strings.TrimSpace(lines.Text())
-		if p == "" || p[0] == '#' {
-			continue
-		}
-		p = path.Clean(strings.TrimPrefix(p, "/"))
-		if _, err := path.Match(p, ""); err != nil || p == "." || p == ".." || strings.HasPrefix(p, "../") {
-			return nil, fmt.Errorf("%s line %d: %q is not a path or pattern below the packed root", name, n, lines.Text())
-		}
-		patterns = append(patterns, p)
-	}
-	return func(p string) bool {
-		for _, pattern := range patterns {
-			if ok, _ := path.Match(pattern, p); ok { // patterns were checked above
-				return true
-			}
-		}
-		return false
-	}, lines.Err()
 }
 
 func newUnpack() *cobra.Command {
@@ -234,11 +236,22 @@ func newInspect() *cobra.Command {
 		RunE: work(func(_ *cobra.Command, args []string) error {
 			return withImage(args[0], func(img *squash.Image) error {
 				info := img.Info()
+				library := squash.Implementations()[info.Compressor]
 				if asJSON {
-					return printJSON(info)
+					return printJSON(struct {
+						squash.Info
+						Library string `json:"library,omitempty"`
+					}{info, library})
 				}
 				w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-				fmt.Fprintf(w, "compressor\t%s\nblock size\t%d\ncreated\t%s\nsize\t%d bytes\n", info.Compressor, info.BlockSize, info.Created.Format(time.RFC3339), info.BytesUsed)
+				fmt.Fprintf(w, "compressor\t%s", info.Compressor)
+				if o := info.CompressorOptions; o != nil {
+					fmt.Fprintf(w, " (%s)", o)
+				}
+				if library != "" {
+					fmt.Fprintf(w, "\nread with\t%s", library)
+				}
+				fmt.Fprintf(w, "\nblock size\t%d\ncreated\t%s\nsize\t%d bytes\n", info.BlockSize, info.Created.Format(time.RFC3339), info.BytesUsed)
 				fmt.Fprintf(w, "inodes\t%d\nfragment blocks\t%d\nuids and gids\t%d\nxattr sets\t%d\nflags\t%s\n", info.Inodes, info.Fragments, info.IDs, info.XattrIDs, strings.Join(info.Flags, " "))
 				return w.Flush()
 			})

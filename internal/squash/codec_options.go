@@ -5,6 +5,7 @@ package squash
 import (
 	"encoding/binary"
 	"fmt"
+	"strings"
 )
 
 // compressorOptions are what a writer may leave behind the superblock, in a
@@ -47,6 +48,24 @@ func writerOptions(opt *Options) (*compressorOptions, error) {
 		}
 	}
 	return nil, nil
+}
+
+// String lists what is set.
+func (o *compressorOptions) String() string {
+	var list []string
+	for _, field := range []struct {
+		name  string
+		value uint32
+	}{{"level", o.Level}, {"window bits", uint32(o.WindowBits)}, {"strategies", uint32(o.Strategies)},
+		{"dictionary", o.DictSize}, {"filters", o.Filters}, {"version", o.Version}, {"algorithm", o.Algorithm}} {
+		if field.value != 0 {
+			list = append(list, fmt.Sprintf("%s %d", field.name, field.value))
+		}
+	}
+	if o.HC {
+		list = append(list, "high compression")
+	}
+	return strings.Join(list, ", ")
 }
 
 // append appends the options for method c to dst, without the metadata header.
