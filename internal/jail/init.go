@@ -257,7 +257,9 @@ func (s *supervisor) reap(chld <-chan os.Signal) {
 	}
 }
 
-func (s *supervisor) reapNow() {
+// reapNow collects what has ended and reports whether init has no child at all any more. Since orphans become its
+// children, that proves that nothing is left of the jail, however short-lived: a look at /proc does not.
+func (s *supervisor) reapNow() (childless bool) {
 	type end struct {
 		id uint32
 		ws unix.WaitStatus
@@ -266,11 +268,12 @@ func (s *supervisor) reapNow() {
 	s.mu.Lock()
 	for {
 		var ws unix.WaitStatus
-		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
+		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG|unix.WALL, nil)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil || pid <= 0 {
+			childless = errors.Is(err, unix.ECHILD)
 			break
 		}
 		if id, ok := s.running[pid]; ok {
@@ -289,6 +292,7 @@ func (s *supervisor) reapNow() {
 		}
 		s.answer(opExited, e.id, &m)
 	}
+	return childless
 }
 
 // answer sends m; a gateway that cannot be written to is gone, which serve notices.
@@ -412,7 +416,7 @@ func (s *supervisor) stop(grace time.Duration) {
 	<-s.stopped
 }
 
-func (s *supervisor) herd() herd { return herd{list: s.alive, strike: s.strike} }
+func (s *supervisor) herd() herd { return herd{list: s.alive, strike: s.strike, gone: s.reapNow} }
 
 // alive lists every process of the jail but init.
 func (s *supervisor) alive() ([]procInfo, error) {

@@ -134,8 +134,14 @@ const (
 
 // herd is a set of processes to be ended.
 type herd struct {
-	list   func() ([]procInfo, error) // all that are alive
-	strike func()                     // kill quickly whatever can be found quickly; may be nil
+	list   func() ([]procInfo, error) // those alive that a look at /proc shows
+	strike func()                     // kill quickly whatever can be found quickly
+	gone   func() bool                // asked after an empty list: there is really nothing left
+}
+
+// empty reports whether nothing is left of procs and besides.
+func (h herd) empty(procs []procInfo, err error) bool {
+	return err == nil && len(procs) == 0 && h.gone()
 }
 
 // end ends the herd: SIGTERM, and SIGHUP too where there is a terminal, because interactive shells ignore the former;
@@ -148,7 +154,7 @@ func (h herd) end(grace time.Duration, hurry <-chan struct{}) (killed, left []st
 	names := make(map[procInfo]bool)
 	for end := time.Now().Add(killWait); ; {
 		procs, err := h.list()
-		if err == nil && len(procs) == 0 {
+		if h.empty(procs, err) {
 			return killed, nil
 		}
 		for _, p := range procs {
@@ -165,11 +171,10 @@ func (h herd) end(grace time.Duration, hurry <-chan struct{}) (killed, left []st
 			for _, p := range procs[:min(len(procs), maxList-1)] {
 				left = append(left, p.String())
 			}
+			if len(left) == 0 {
+				left = append(left, "processes too short-lived to be seen")
+			}
 			return killed, left
-		}
-		if h.strike == nil {
-			time.Sleep(killPoll)
-			continue
 		}
 		for range strikes {
 			h.strike()
@@ -185,7 +190,7 @@ func (h herd) ask(grace time.Duration, hurry <-chan struct{}) bool {
 	defer tick.Stop()
 	for {
 		procs, err := h.list()
-		if err == nil && len(procs) == 0 {
+		if h.empty(procs, err) {
 			return true
 		}
 		for _, p := range procs {
@@ -210,10 +215,10 @@ func (h herd) ask(grace time.Duration, hurry <-chan struct{}) bool {
 	}
 }
 
-// killDescendants kills self's descendants while it finds them. A process that forks and exits all the time is faster
-// than any listing of /proc; its heir is a child of self, though, and the kernel lists those at once (where it is built
-// with CONFIG_PROC_CHILDREN). A process group dies in one blow, forks and all; groups in another session than self's
-// consist of descendants only.
+// killDescendants kills what it finds of self's descendants, except those in self's own session. A process that forks and
+// exits all the time is faster than any listing of /proc; its heir is a child of self, though, and the kernel lists those
+// at once (where it is built with CONFIG_PROC_CHILDREN). A process group dies in one blow, forks and all; a group in
+// another session than self's consists of descendants only.
 func killDescendants(self int) {
 	session, err := unix.Getsid(0)
 	if err != nil {
@@ -230,8 +235,8 @@ func killDescendants(self int) {
 			if group, err := unix.Getpgid(pid); err == nil && group > 1 {
 				unix.Kill(-group, unix.SIGKILL)
 			}
+			unix.Kill(pid, unix.SIGKILL)
 		}
-		unix.Kill(pid, unix.SIGKILL)
 		todo = append(todo, children(pid)...)
 	}
 }

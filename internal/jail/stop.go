@@ -67,7 +67,7 @@ func (j *Jail) stop(ctx context.Context, grace time.Duration) (killed []string, 
 	// In the namespaces level nothing survives its init: the kernel reaps the PID namespace before the wait returns.
 	if j.level != Namespaces {
 		j.orphans = died != nil || err != nil || len(errs) > 0
-		more, left := herd{list: j.strays}.end(0, nil)
+		more, left := j.strayHerd().end(0, nil)
 		killed = append(killed, more...)
 		if len(left) > 0 {
 			errs = append(errs, fmt.Errorf("processes that SIGKILL does not end: %s", strings.Join(left, ", ")))
@@ -80,8 +80,35 @@ func (j *Jail) stop(ctx context.Context, grace time.Duration) (killed []string, 
 	return killed, nil
 }
 
-// strays lists what init left behind, which is nothing unless somebody killed it: in the chroot level everything rooted
-// in the image, in both levels the descendants that came to the gateway as the next reaper and do not share its session.
+// strayHerd is what init left behind, which is nothing unless somebody killed it.
+func (j *Jail) strayHerd() herd {
+	// The gateway has children of its own: that it has none of the jail's is not provable, only likely.
+	const looks = 10
+	quiet := 0
+	return herd{
+		list: j.strays,
+		strike: func() {
+			if j.orphans {
+				killDescendants(os.Getpid())
+			}
+			quiet = 0
+		},
+		gone: func() bool {
+			if !j.orphans {
+				return true
+			}
+			for ; quiet < looks; quiet++ {
+				if procs, err := j.strays(); err != nil || len(procs) > 0 {
+					return false
+				}
+			}
+			return true
+		},
+	}
+}
+
+// strays lists what is left: in the chroot level everything rooted in the image, and after init's death the descendants
+// that came to the gateway as the next reaper and do not share its session.
 func (j *Jail) strays() ([]procInfo, error) {
 	all, err := processes()
 	if err != nil {
