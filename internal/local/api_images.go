@@ -183,13 +183,13 @@ func (a *api) deleteImage(c *call) {
 		a.notFound(c)
 		return
 	}
-	a.finishOr(c, a.dropImages(c, []Image{image}))
+	a.finish(c, a.dropImages(c, []Image{image}))
 }
 
 func (a *api) deleteImages(c *call) {
 	a.imageOps.Lock()
 	defer a.imageOps.Unlock()
-	a.finishOr(c, a.dropImages(c, a.state.images.all()))
+	a.finish(c, a.dropImages(c, a.state.images.all()))
 }
 
 // dropImages deletes records. On v2 their objects go, too, unless the request
@@ -277,15 +277,6 @@ func (a *api) purgeImages(c *call) {
 			a.internal(c, err)
 			return
 		}
-	}
-	a.noContent(c)
-}
-
-// finishOr answers 204, or what the error asks for.
-func (a *api) finishOr(c *call, err error) {
-	if err != nil {
-		a.refuse(c, err)
-		return
 	}
 	a.noContent(c)
 }

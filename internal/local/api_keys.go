@@ -127,10 +127,10 @@ func (a *api) purgeKeys(c *call) {
 	a.noContent(c)
 }
 
-// finish answers 204, or 500 when err is not nil.
+// finish answers 204, or what err asks for.
 func (a *api) finish(c *call, err error) {
 	if err != nil {
-		a.internal(c, err)
+		a.refuse(c, err)
 		return
 	}
 	a.noContent(c)

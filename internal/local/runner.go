@@ -240,10 +240,8 @@ func (r *processRunner) run(p *pod) {
 	record := func(c *container) exit {
 		<-c.done
 		<-c.drained
-		end := containerEnd{Name: c.name, Started: c.started.Format(timestamp), Finished: c.ended.Format(timestamp), exit: c.exit()}
-		history = append(history, end)
-		log.Info("container ended", "container", c.name, "how", end.exit.String())
-		return end.exit
+		history = append(history, containerEnd{Name: c.name, Started: c.started.Format(timestamp), Finished: c.ended.Format(timestamp), exit: c.exit()})
+		return c.exit()
 	}
 
 	prepare, err := r.startContainer(p, prepareName)
@@ -328,11 +326,18 @@ func (r *processRunner) startContainer(p *pod, name string) (*container, error) 
 		log.Close()
 		return nil, fmt.Errorf("start the container %s: %w", name, err)
 	}
+	of := []any{"job_id", p.job.ID, "container", name, "pid", c.cmd.Process.Pid}
+	r.log.Info("container started", of...)
 	go func() {
+		<-c.done
 		<-c.drained
 		log.Close()
+		if how := c.exit(); how == (exit{}) {
+			r.log.Info("container ended", of...)
+		} else {
+			r.log.Warn("container ended", append(of, "how", how.String())...)
+		}
 	}()
-	r.log.Info("container started", "job_id", p.job.ID, "container", name, "pid", c.cmd.Process.Pid)
 	return c, nil
 }
 

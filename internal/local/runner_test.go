@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
@@ -18,10 +17,8 @@ import (
 // the runner does around them.
 type testRunner struct {
 	*processRunner
-	mu    sync.Mutex
-	lines []string
-	seen  chan string // each line
-	over  chan string // reasons
+	seen chan string // each line
+	over chan string // reasons
 }
 
 func newTestRunner(t *testing.T, sidecar, sshd string) *testRunner {

@@ -128,7 +128,7 @@ func start(ctx context.Context, c Config) (_ *world, err error) {
 		listener.Close()
 		return nil, err
 	}
-	w.server = &http.Server{Handler: a, ReadHeaderTimeout: 30 * time.Second, ErrorLog: slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug)}
+	w.server = &http.Server{Handler: a, ReadTimeout: time.Minute, IdleTimeout: 2 * time.Minute, ErrorLog: slog.NewLogLogger(c.Log.Handler(), slog.LevelDebug)}
 	go func() { w.served <- w.server.Serve(listener) }()
 	return w, nil
 }
