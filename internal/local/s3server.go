@@ -40,7 +40,9 @@ type s3Setup struct {
 	Keys    s3Keys `json:"keys"`
 	Listen  string `json:"listen"`
 	Dir     string `json:"dir"`     // objects
-	SideDir string `json:"sidedir"` // metadata, where the file system has no user xattrs
+	// SideDir is for metadata where the file system has no user xattrs. The
+	// backend refuses one whose path begins with that of Dir, even as text.
+	SideDir string `json:"sidedir"`
 }
 
 // s3Child serves S3 until it is killed. It is a process of its own because the
@@ -119,7 +121,7 @@ func startS3(ctx context.Context, data, listen string, log *slog.Logger) (*s3Ser
 	if err != nil {
 		return nil, err
 	}
-	c, err := startChild(modeS3, s3Setup{Keys: keys, Listen: addr.String(), Dir: dir, SideDir: filepath.Join(data, "s3-metadata")}, out, syscall.SysProcAttr{})
+	c, err := startChild(modeS3, s3Setup{Keys: keys, Listen: addr.String(), Dir: dir, SideDir: filepath.Join(data, "object-metadata")}, out, syscall.SysProcAttr{})
 	if err != nil {
 		return nil, err
 	}

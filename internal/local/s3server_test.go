@@ -17,6 +17,9 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"golang.org/x/sys/unix"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 )
 
 // TestStoreWithForeignClient uses the store as any client of S3 does, and looks
@@ -74,6 +77,36 @@ func TestStoreWithForeignClient(t *testing.T) {
 	st, err := os.Stat(filepath.Join(data, "s3-credentials"))
 	if err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("credentials file: %v, %v", st.Mode(), err)
+	}
+}
+
+// TestStoreWithoutXattrs: objects keep their metadata on a file system that has
+// no user xattrs.
+func TestStoreWithoutXattrs(t *testing.T) {
+	testkit.NeedRoot(t)
+	data := t.TempDir()
+	if err := unix.Mount("ramfs", data, "ramfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(data, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	if err := unix.Setxattr(data, "user.test", []byte("x"), 0); err == nil {
+		t.Fatal("ramfs has user xattrs; this test needs a file system without")
+	}
+	s, err := startS3(t.Context(), data, "127.0.0.1:0", testLog(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.stop()
+	objects := newS3Objects(s)
+	if err := objects.put(t.Context(), bucketImages, "a/rootfs", []byte("squash")); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := objects.head(t.Context(), bucketImages, "a/rootfs"); err != nil || info.md5 == "" || info.etag == "" {
+		t.Errorf("head: %+v, %v", info, err)
 	}
 }
 
