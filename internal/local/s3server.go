@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -37,9 +38,9 @@ type s3Keys struct {
 
 // s3Setup is what the S3 child is told on its standard input.
 type s3Setup struct {
-	Keys    s3Keys `json:"keys"`
-	Listen  string `json:"listen"`
-	Dir     string `json:"dir"`     // objects
+	Keys   s3Keys `json:"keys"`
+	Listen string `json:"listen"`
+	Dir    string `json:"dir"` // objects
 	// SideDir is for metadata where the file system has no user xattrs. The
 	// backend refuses one whose path begins with that of Dir, even as text.
 	SideDir string `json:"sidedir"`
@@ -128,10 +129,20 @@ func startS3(ctx context.Context, data, listen string, log *slog.Logger) (*s3Ser
 	s := &s3Server{child: c, keys: keys, endpoint: "http://" + reachable(addr)}
 	if err := s.ready(ctx); err != nil {
 		s.stop()
-		return nil, fmt.Errorf("S3 server: %w; its log is %s", err, out.Name())
+		return nil, fmt.Errorf("S3 server: %w; %s says: %s", err, out.Name(), lastLine(out.Name()))
 	}
 	log.Info("S3 server runs", "endpoint", s.endpoint, "bucket", bucketImages)
 	return s, nil
+}
+
+// lastLine is the last line of a file, for an error text.
+func lastLine(name string) string {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return lines[len(lines)-1]
 }
 
 // ready creates the buckets, which proves that the store answers.
