@@ -44,14 +44,17 @@
 //
 // # What is refused, and what is not promised
 //
-//   - The root must be a directory, not a link to one.
+//   - The root must be a directory, not a link to one. An image that brings the node of a disk is refused by the Chroot
+//     level where the container would let root open it.
+//   - Sessions cannot mount anything, not even with DKMS: what mounting takes (CAP_SYS_ADMIN) is as good as the node's root.
 //   - Nothing is inherited from the gateway: no environment, no descriptor, no signal disposition, no niceness.
 //   - Paths inside the root are resolved inside it, by descriptor; of its files only regular ones are read, up to a size.
 //   - The network is the pod's in every level; abstract sockets are shared.
 //   - In the Chroot level root can signal any process of the container, the gateway included (as PID 1 that is immune to
 //     SIGKILL), and use the node's keyrings. It cannot trace them: they hold CAP_SYS_CHROOT, it does not. A process of the
 //     container that is neither root nor more capable would be at its mercy; the sshd container has none.
-//   - In the Chroot level the terminal's own name (/dev/pts/N) does not exist inside; /dev/tty works.
-//   - A process that forks faster than it can be found may outlive Stop in the levels without a PID namespace. Stop
-//     tries hard, and returns an error if it loses: the root is not to be packed then.
+//   - In the Chroot level the terminal's own name (/dev/pts/N) does not exist inside, and a node made there would not
+//     open (it is no devpts); /dev/tty works.
+//   - In the levels without a PID namespace processes could fork faster than they are found. Stop tries hard, and has
+//     proof when it succeeds (init has no children left); otherwise it returns an error, and the root is not to be packed.
 package jail
