@@ -6,7 +6,7 @@ SHELL       := /bin/bash
 .DEFAULT_GOAL := help
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-LDFLAGS := -s -w -X github.com/ims-buildenv/ims-buildenv/internal/gateway.Version=$(VERSION)
+LDFLAGS := -s -w -X github.com/ims-buildenv/ims-buildenv/internal/config.Version=$(VERSION)
 STATIC  := -trimpath -tags netgo,osusergo
 
 # Settings of `make demo` and `make run`

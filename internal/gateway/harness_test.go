@@ -133,6 +133,9 @@ func startError(t testing.TB, o options) error {
 	if strings.Contains(j.log.String(), "msg=listening") {
 		return nil
 	}
+	if _, err := os.Stat(filepath.Join(j.parent, "pod_error")); err != nil {
+		t.Errorf("the sidecar is not told: %v", err)
+	}
 	return j.err
 }
 

@@ -25,9 +25,6 @@ import (
 // every image and volume.
 const DefaultStateDir = "/var/lib/ims-buildenv"
 
-// Version is part of the SSH version string; the build sets it.
-var Version = "dev"
-
 // Config is what Run needs.
 type Config struct {
 	SSHD       config.SSHD
@@ -44,8 +41,9 @@ var errNoShell = errors.New("no shell for this job")
 
 // Run serves a job from its ready flag to its exiting flag: it returns nil when the job was
 // marked complete or failed and everything is over, or when the job is a create job that
-// needs no shell. When ctx ends first, the sessions are ended and no flag is made.
-func Run(ctx context.Context, cfg Config) error {
+// needs no shell. When ctx ends first, the sessions are ended and no flag is made. A gateway
+// that cannot start makes the flag pod_error.
+func Run(ctx context.Context, cfg Config) (err error) {
 	log := cfg.Log
 	for _, w := range cfg.SSHD.Warnings {
 		log.Warn(w)
@@ -61,6 +59,13 @@ func Run(ctx context.Context, cfg Config) error {
 	if _, err := flags.Wait(ctx, log, signalfile.Ready); err != nil {
 		return fmt.Errorf("wait for %s: %w", flags.Path(signalfile.Ready), err)
 	}
+	started := false
+	defer func() {
+		// The sidecar need not wait for a login that will never work: it ends the job on this flag.
+		if err != nil && !started {
+			err = errors.Join(err, flags.Touch(signalfile.PodError))
+		}
+	}()
 	set, err := LoadSettings(cfg)
 	if err != nil {
 		return err
@@ -76,6 +81,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := g.start(ctx); err != nil {
 		return err
 	}
+	started = true
 	return g.serve(ctx)
 }
 
@@ -198,7 +204,7 @@ func (g *gate) start(ctx context.Context) (err error) {
 			return err == nil && found
 		}
 	}
-	if g.srv, err = newServer(g.set, g.jail, keys, Version, g.log); err != nil {
+	if g.srv, err = newServer(g.set, g.jail, keys, config.Version, g.log); err != nil {
 		g.jail.Stop(ctx, 0)
 		return err
 	}

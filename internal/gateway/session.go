@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -154,7 +155,7 @@ func (ss *session) request(typ string, payload []byte) (ok bool, then func()) {
 		if typ == "exec" || typ == "shell" || typ == "subsystem" {
 			level = slog.LevelWarn
 		}
-		ss.log.Log(nil, level, "request refused", "type", short(typ), "err", err)
+		ss.log.Log(context.Background(), level, "request refused", "type", short(typ), "err", err)
 	}
 	return err == nil, then
 }

@@ -65,12 +65,6 @@ var rootTools = []string{
 	"setsid", "mount", "mknod", "rm", "ln", "true", "false", "chmod", "nohup", "hostname", "wc", "grep",
 }
 
-var template struct {
-	sync.Once
-	dir string
-	err error
-}
-
 // newRoot makes an image root: copies of the host's programs with their libraries, and a few files.
 func newRoot(t testing.TB) string {
 	t.Helper()

@@ -120,7 +120,7 @@ func (r *run) whileHealthy(ctx context.Context, do func(context.Context) error, 
 		if _, err := r.flags.Wait(ctx, r.log, signalfile.PodError); err != nil {
 			return err
 		}
-		return fmt.Errorf("the sshd container reported a broken pod (%s)", r.flags.Path(signalfile.PodError))
+		return fmt.Errorf("the sshd container gave up (%s); its log says why", r.flags.Path(signalfile.PodError))
 	})
 	if watch != nil {
 		watchers++
@@ -170,7 +170,7 @@ func readKeys(path string, log *slog.Logger) ([]byte, error) {
 			continue
 		}
 		key, _, _, _, err := ssh.ParseAuthorizedKey(line)
-		if err == nil && key.Type() == ssh.InsecureKeyAlgoDSA {
+		if err == nil && key.Type() == "ssh-dss" {
 			err = errors.New("DSA keys are accepted by no current sshd")
 		}
 		if err != nil {

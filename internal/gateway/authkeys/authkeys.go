@@ -101,7 +101,7 @@ func parseLine(line []byte, minRSA int) (Key, error) {
 // with nothing else is found out at start and not at the first login.
 func usable(pub ssh.PublicKey, minRSA int) error {
 	switch pub.Type() {
-	case ssh.InsecureKeyAlgoDSA:
+	case "ssh-dss": // RFC 4253; OpenSSH removed it
 		return errors.New("DSA keys are not accepted; make an ed25519 key with ssh-keygen -t ed25519")
 	case ssh.KeyAlgoRSA:
 		if c, ok := pub.(ssh.CryptoPublicKey); ok {
