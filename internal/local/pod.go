@@ -214,7 +214,8 @@ func (p podSpec) sshdEnv() []string {
 	return append(p.commonEnv(),
 		"ENABLE_DEBUG="+pyBool(p.job.EnableDebug),
 		"IMS_ACTION="+p.job.JobType,
-		"SSHD_OPTIONS=-E /etc/cray/ims/sshd.log -f /etc/cray/ims/sshd_config",
+		// The template's, and not for the whole network: here it is the host's.
+		"SSHD_OPTIONS=-E /etc/cray/ims/sshd.log -f /etc/cray/ims/sshd_config -o ListenAddress=127.0.0.1",
 		"SSHD_CONFIG_FILE=/etc/cray/ims/sshd_config",
 		"JOB_ENABLE_DKMS="+pyBool(p.job.RequireDKMS),
 		"REMOTE_HEARTBEAT_TIMEOUT_COUNT=12",

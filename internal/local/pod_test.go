@@ -76,7 +76,7 @@ JOB_ENABLE_DKMS=True
 REMOTE_BUILD_NODE=
 REMOTE_HEARTBEAT_TIMEOUT_COUNT=12
 SSHD_CONFIG_FILE=/etc/cray/ims/sshd_config
-SSHD_OPTIONS=-E /etc/cray/ims/sshd.log -f /etc/cray/ims/sshd_config
+SSHD_OPTIONS=-E /etc/cray/ims/sshd.log -f /etc/cray/ims/sshd_config -o ListenAddress=127.0.0.1
 SSH_JAIL=False`,
 	}
 	for _, jail := range []bool{false, true} {
