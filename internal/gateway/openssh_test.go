@@ -13,6 +13,8 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 )
 
 func TestOpenSSHVersion(t *testing.T) {
@@ -88,15 +90,20 @@ func TestOpenSSHMultiplexing(t *testing.T) {
 	eventually(t, "the master listens", func() bool {
 		return exec.Command("ssh", "-S", control, "-O", "check", host).Run() == nil
 	})
-	gate := filepath.Join(t.TempDir(), "gate")
-	if err := syscall.Mkfifo(gate, 0o600); err != nil {
+	// All sessions wait for a lock that we hold until they are there.
+	testkit.NeedTool(t, "flock")
+	gate, err := os.Create(filepath.Join(t.TempDir(), "gate"))
+	if err == nil {
+		err = syscall.Flock(int(gate.Fd()), syscall.LOCK_EX)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	const n = 100
 	var wg sync.WaitGroup
 	for i := range n {
 		wg.Go(func() {
-			cmd := exec.Command("ssh", "-S", control, host, fmt.Sprintf("cat %s; echo %d; exit %d", gate, i, i))
+			cmd := exec.Command("ssh", "-S", control, host, fmt.Sprintf("flock -s %s true; echo %d; exit %d", gate.Name(), i, i))
 			if out, errs, code := run(t, cmd); out != fmt.Sprintln(i) || code != i {
 				t.Errorf("session %d: %q, %d, %s", i, out, code, errs)
 			}
@@ -105,11 +112,7 @@ func TestOpenSSHMultiplexing(t *testing.T) {
 	eventually(t, "all sessions are open at once", func() bool {
 		return strings.Count(j.log.String(), `msg="session started"`) == n
 	})
-	w, err := os.OpenFile(gate, os.O_WRONLY, 0) // all of them read from here
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.Close()
+	gate.Close()
 	wg.Wait()
 	if strings.Count(j.log.String(), "msg=login ") != 1 {
 		t.Error("there was more than one connection")

@@ -226,11 +226,11 @@ type conn struct {
 	ids    atomic.Uint64 // of its sessions
 	in     atomic.Int64  // bytes read from the client
 	out    atomic.Int64
-	grace  *time.Timer // LoginGraceTime
 
 	mu       sync.Mutex
-	login    *login // set when the login is complete
-	client   string // its version string, then
+	grace    *time.Timer // LoginGraceTime; nil: none
+	login    *login      // set when the login is complete
+	client   string      // its version string, then
 	sessions map[*session]struct{}
 	noMore   bool      // the client promised to open no more sessions
 	lastEnd  time.Time // when its last session ended
@@ -240,6 +240,8 @@ type conn struct {
 func newConn(s *server, nc net.Conn) *conn {
 	c := &conn{Conn: nc, srv: s, opened: time.Now(), sessions: map[*session]struct{}{}}
 	c.log = s.log.With("conn", s.ids.Add(1), "peer", nc.RemoteAddr().String())
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if d := s.set.LoginGraceTime; d > 0 {
 		c.grace = time.AfterFunc(d, func() { c.end(fmt.Sprintf("LoginGraceTime: no login within %s", d)) })
 	}
@@ -270,11 +272,16 @@ func (c *conn) end(why string) {
 	if c.reason == "" {
 		c.reason = why
 	}
+	c.stopGrace()
 	c.mu.Unlock()
+	c.Conn.Close()
+}
+
+// stopGrace ends LoginGraceTime; the caller holds mu.
+func (c *conn) stopGrace() {
 	if c.grace != nil {
 		c.grace.Stop()
 	}
-	c.Conn.Close()
 }
 
 func (c *conn) logEnd() {
@@ -292,10 +299,8 @@ func (c *conn) logEnd() {
 func (c *conn) loggedIn(l *login, client string) {
 	c.mu.Lock()
 	c.login, c.client = l, client
+	c.stopGrace()
 	c.mu.Unlock()
-	if c.grace != nil {
-		c.grace.Stop()
-	}
 	c.srv.authenticated(c)
 }
 
