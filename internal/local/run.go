@@ -329,7 +329,7 @@ func (r *run) fetch(ctx context.Context, job ims.Job) ([]artifact, error) {
 	}
 	prefix := r.store.URL("")
 	key := strings.TrimPrefix(image.Link.Path, prefix)
-	body, _, err := r.store.Get(ctx, key)
+	body, manifest, err := r.store.Get(ctx, key)
 	if err != nil {
 		return nil, err
 	}
@@ -353,7 +353,7 @@ func (r *run) fetch(ctx context.Context, job ims.Job) ([]artifact, error) {
 		}
 		list = append(list, a)
 	}
-	return list, nil
+	return append(list, artifact{kind: path.Base(key), key: key, size: manifest.Size, md5: manifest.Metadata["md5sum"]}), nil
 }
 
 // download reads an object, compares its MD5, and keeps it as Output.
