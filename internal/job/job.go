@@ -288,20 +288,21 @@ func (r *run) setStatus(ctx context.Context, s ims.Status) error {
 	return nil
 }
 
-// afterwards is the context for the end of a job. After a signal it fits, with
-// what the upload needs to take parts back, into the 30 s Kubernetes grants.
+// afterwards is the context for one of the two steps that end a job: taking
+// back, and the final status. Each has its own, because a store that is gone
+// must not use up the time in which IMS can be told. After a signal both fit,
+// with what the upload needs to take parts back, into the 30 s Kubernetes
+// grants.
 func (r *run) afterwards(ctx context.Context) (context.Context, context.CancelFunc) {
 	d := r.cfg.Timeout + time.Minute
 	if ctx.Err() != nil {
-		d = 12 * time.Second
+		d = 7 * time.Second
 	}
 	return context.WithTimeout(context.WithoutCancel(ctx), d)
 }
 
 // finish ends the job: clean up, report, terminal status.
 func (r *run) finish(ctx context.Context, jobErr error) int {
-	ctx, cancel := r.afterwards(ctx)
-	defer cancel()
 	if jobErr == nil {
 		return r.succeed(ctx)
 	}
@@ -310,9 +311,7 @@ func (r *run) finish(ctx context.Context, jobErr error) int {
 	} else {
 		r.log.Error("the job failed", "error", jobErr)
 	}
-	if err := r.undo(ctx); err != nil {
-		r.log.Error("the unfinished image could not be taken back; delete it by hand", "image", r.state.ImageID, "error", err)
-	}
+	r.takeBack(ctx)
 	r.state.Phase = phaseFailed
 	r.saveState()
 	if err := r.restoreResolv(); err != nil {
@@ -322,7 +321,7 @@ func (r *run) finish(ctx context.Context, jobErr error) int {
 	if !errors.Is(jobErr, errUserFailed) {
 		printFailure(r.deps.Stdout, jobErr)
 	}
-	if err := r.setStatus(ctx, ims.Failed); err != nil {
+	if err := r.setFinalStatus(ctx, ims.Failed); err != nil {
 		r.log.Error("the job stays without its final status", "error", err)
 		return exitFailure
 	}
@@ -340,7 +339,7 @@ func (r *run) succeed(ctx context.Context) int {
 	if _, err := r.deps.Stdout.Write(r.result); err != nil {
 		r.log.Warn("the result could not be printed", "error", err)
 	}
-	if err := r.setStatus(ctx, ims.Success); err != nil {
+	if err := r.setFinalStatus(ctx, ims.Success); err != nil {
 		r.log.Error("the image is published and registered, but the job stays without its final status; set it by hand",
 			"image", r.state.ImageID, "error", err)
 		return exitFailure
@@ -354,13 +353,27 @@ func (r *run) refuse(ctx context.Context, cause error) int {
 	r.log.Error("the job cannot start", "error", cause)
 	printFailure(r.deps.Stdout, cause)
 	if r.ims != nil && r.cfg.JobID != "" {
-		ctx, cancel := r.afterwards(ctx)
-		defer cancel()
-		if err := r.setStatus(ctx, ims.Failed); err != nil {
+		if err := r.setFinalStatus(ctx, ims.Failed); err != nil {
 			r.log.Error("the job stays without its final status", "error", err)
 		}
 	}
 	return exitFailure
+}
+
+// setFinalStatus is the last act, also when ctx has ended.
+func (r *run) setFinalStatus(ctx context.Context, s ims.Status) error {
+	ctx, cancel := r.afterwards(ctx)
+	defer cancel()
+	return r.setStatus(ctx, s)
+}
+
+// takeBack is undo at the end of a job, also when ctx has ended.
+func (r *run) takeBack(ctx context.Context) {
+	ctx, cancel := r.afterwards(ctx)
+	defer cancel()
+	if err := r.undo(ctx); err != nil {
+		r.log.Error("the unfinished image could not be taken back; delete it by hand", "image", r.state.ImageID, "error", err)
+	}
 }
 
 // undo takes a half-published image back. Only an image record this job
@@ -369,11 +382,21 @@ func (r *run) undo(ctx context.Context) error {
 	if r.state.ImageID == "" || r.state.Phase == phaseRegistered {
 		return nil
 	}
-	err := errors.Join(upload.Remove(ctx, r.store, r.state.ImageID), r.ims.DeleteImage(ctx, r.state.ImageID))
+	err := errors.Join(r.removeObjects(ctx), r.ims.DeleteImage(ctx, r.state.ImageID))
 	if err == nil {
 		r.state.ImageID = ""
 	}
 	return err
+}
+
+// removeObjects leaves half of the time, if that is limited, for the record.
+func (r *run) removeObjects(ctx context.Context) error {
+	if end, limited := ctx.Deadline(); limited {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/2)
+		defer cancel()
+	}
+	return upload.Remove(ctx, r.store, r.state.ImageID)
 }
 
 // removeWorkFiles removes what this or a killed run left on the volume.

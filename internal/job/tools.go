@@ -40,12 +40,8 @@ func Upload(ctx context.Context, cfg config.Sidecar, deps Deps, req UploadReques
 			return exitOK
 		}
 	}
-	ctx, cancel := r.afterwards(ctx)
-	defer cancel()
 	if r.result == nil {
-		if uerr := r.undo(ctx); uerr != nil {
-			r.log.Error("the unfinished image could not be taken back; delete it by hand", "image", r.state.ImageID, "error", uerr)
-		}
+		r.takeBack(ctx)
 	}
 	r.log.Error("the upload failed", "error", err)
 	printFailure(deps.Stdout, err)
