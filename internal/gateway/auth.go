@@ -45,7 +45,7 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 	return &ssh.ServerConfig{
 		Config: ssh.Config{
 			KeyExchanges: s.algs.kex,
-			Ciphers:      s.algs.ciphers,
+			Ciphers:      c.ciphers,
 			MACs:         s.algs.macs,
 		},
 		PublicKeyAuthAlgorithms: s.algs.pubkeys,

@@ -79,11 +79,16 @@ func TestEnvLimits(t *testing.T) {
 // requestOnly is a session that can take any request that does not start a command.
 func requestOnly() *session {
 	s := quietServer()
-	s.set, _ = sshdconf.Load("", nil)
+	s.set = quietSettings()
 	return &session{
 		c: testConn(s), log: s.log, login: &login{key: &authkeys.Key{PTY: true}},
 		signals: make(chan unix.Signal, 1), events: make(chan struct{}, 1),
 	}
+}
+
+func quietSettings() *sshdconf.Settings {
+	s, _ := sshdconf.Load("", nil)
+	return s
 }
 
 func TestRequestsBeforeStart(t *testing.T) {

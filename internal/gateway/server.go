@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -122,6 +123,10 @@ func (s *server) handle(nc net.Conn) {
 	s.add(c)
 	defer s.remove(c)
 	defer c.guard("connection")
+	c.ciphers = s.algs.ciphers
+	if s.set.Ciphers == "" && fastAES() {
+		c.ciphers = c.greet()
+	}
 	s.ssh.HandleConn(c)
 }
 
@@ -225,7 +230,13 @@ type conn struct {
 	opened time.Time
 	ids    atomic.Uint64 // of its sessions
 	in     atomic.Int64  // bytes read from the client
-	out    atomic.Int64
+
+	// Of the first exchange, see greet; then read and written by the SSH library alone.
+	reader  *bufio.Reader // what greet has looked at
+	sent    []byte        // the version line the library has yet to "send"
+	ciphers []string
+
+	out atomic.Int64
 
 	mu       sync.Mutex
 	grace    *time.Timer // LoginGraceTime; nil: none
@@ -249,14 +260,22 @@ func newConn(s *server, nc net.Conn) *conn {
 }
 
 // Read counts; the SSH library is the only reader.
-func (c *conn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
+func (c *conn) Read(b []byte) (n int, err error) {
+	if c.reader != nil && c.reader.Buffered() > 0 {
+		n, err = c.reader.Read(b)
+	} else {
+		c.reader = nil
+		n, err = c.Conn.Read(b)
+	}
 	c.in.Add(int64(n))
 	return n, err
 }
 
 // Write counts.
 func (c *conn) Write(b []byte) (int, error) {
+	if c.sent != nil {
+		return len(b), c.swallow(b)
+	}
 	n, err := c.Conn.Write(b)
 	c.out.Add(int64(n))
 	return n, err
