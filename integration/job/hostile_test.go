@@ -250,3 +250,23 @@ func TestSSHDCannotStart(t *testing.T) {
 	}
 	checkOneError(t, j.log("sshd"), strconv.Itoa(j.port), "address already in use")
 }
+
+// TestDiskInImage has an image that brings a node of one of this machine's
+// disks, into a pod that may open it (imslocal restricts no devices) and that
+// cannot mount the image nodev.
+func TestDiskInImage(t *testing.T) {
+	s := need(t)
+	t.Parallel()
+	disks, err := os.ReadDir("/sys/dev/block")
+	if err != nil || len(disks) == 0 {
+		t.Skip("this machine has no block devices")
+	}
+	major, minor, _ := strings.Cut(disks[0].Name(), ":")
+	file := packTree(t, s.world, filepath.Join(t.TempDir(), "disk"), baseTree("block home/user/disk "+major+" "+minor+" 0600")...)
+	j := s.create(t, order{image: s.publish(t, newName(t), file).id, jail: true})
+	j.checkFailed("buildenv-sidecar", "sshd container gave up", "its log says why")
+	if codes := j.ends(); codes["sshd"] != 1 {
+		t.Errorf("exit codes %v", codes)
+	}
+	checkOneError(t, j.log("sshd"), "/home/user/disk", "remove it")
+}

@@ -47,7 +47,7 @@ func baseTree(more ...string) []string {
 		"file usr/bin/ping 4755 setuid", "file usr/lib/caps 0755 capable",
 		"xattr usr/lib/caps security.capability=0x0100000200200000000000000000000000000000",
 		"xattr etc/os-release user.note=with an attribute", "xattr usr/lib user.dir=on a directory",
-		"hardlink usr/lib/text-again usr/lib/text", "fifo var/pipe 0622", "sock var/socket 0755", "char var/null 1 3 0666", "block var/loop 7 0 0660",
+		"hardlink usr/lib/text-again usr/lib/text", "fifo var/pipe 0622", "sock var/socket 0755", "char var/null 1 3 0666", "block var/disk 240 77 0660",
 		`file "usr/lib/odd name \n\u00e4\xff" 0644 odd`, "file var/empty 0000", "dir var/lonely 0111",
 		"symlink usr/lib/owned nowhere", "owner usr/lib/owned 123456:654321",
 	}
