@@ -17,6 +17,13 @@ import (
 type comparison struct {
 	name         string
 	ours, theirs side
+	single       bool // takes minutes: run once, without warming up
+}
+
+// once returns the comparison for a job that takes minutes.
+func (c comparison) once() comparison {
+	c.single = true
+	return c
 }
 
 // side is one way to do the job.
@@ -32,26 +39,31 @@ type figures struct {
 	rss, bytes int64
 }
 
-// measure runs both sides n times in turn, after one run of each that only warms the caches.
+// measure runs both sides n times in turn, after one run of each that only warms
+// the caches.
 func (c comparison) measure(ctx context.Context, n int) (ours, theirs figures, err error) {
 	var a, b []figures
-	for i := range n + 1 {
-		x, err := c.ours.once(ctx)
+	warm := 1
+	if c.single {
+		n, warm = 1, 0
+	}
+	for i := range n + warm {
+		x, err := c.ours.run(ctx)
 		if err != nil {
 			return ours, theirs, err
 		}
-		y, err := c.theirs.once(ctx)
+		y, err := c.theirs.run(ctx)
 		if err != nil {
 			return ours, theirs, err
 		}
-		if i > 0 {
+		if i >= warm {
 			a, b = append(a, x), append(b, y)
 		}
 	}
 	return median(a), median(b), nil
 }
 
-func (s side) once(ctx context.Context) (figures, error) {
+func (s side) run(ctx context.Context) (figures, error) {
 	if s.before != nil {
 		if err := s.before(); err != nil {
 			return figures{}, err

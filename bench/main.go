@@ -25,9 +25,17 @@ func main() {
 	image := flag.String("image", "build/base/bookworm.squashfs", "image whose tree is packed and unpacked")
 	n := flag.Int("n", 5, "runs of each side")
 	only := flag.String("only", "", "run only comparisons whose name contains this")
+	files := flag.Int("synthetic", 0, "only pack so many small files that exist nowhere")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if *files > 0 {
+		if err := packSynthetic(ctx, *files); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if err := run(ctx, *bin, *image, *n, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
@@ -70,5 +78,9 @@ func run(ctx context.Context, bin, image string, n int, only string) error {
 			ours.wall, theirs.wall, theirs.wall/ours.wall, ours.cpu, theirs.cpu, ours.rss>>20, theirs.rss>>20, size)
 		table.Flush()
 	}
-	return nil
+	if !strings.Contains("scaling", only) {
+		return nil
+	}
+	fmt.Println()
+	return scaling(ctx, os.Stdout)
 }

@@ -1,8 +1,8 @@
 #!/bin/bash
-# base-image.sh OUTPUT: build the Debian base image of the demo once and keep it.
+# base-image.sh OUTPUT [PACKAGES]: build the Debian base image of the demo once and keep it.
 #
 # A bookworm root made by debootstrap, with a kernel and an initrd in /boot, packed by our own
-# SquashFS writer. The mirror is the one this machine's apt uses, else debootstrap's default.
+# SquashFS writer; PACKAGES, with commas between them, come on top. The mirror is the one this machine's apt uses, else debootstrap's default.
 set -euo pipefail
 output=$1
 [ -s "$output" ] && exit 0
@@ -19,7 +19,7 @@ echo "base image: building a Debian root (once, about a minute) ..." >&2
 # A mount and a PID namespace of its own: what debootstrap mounts or starts ends with it.
 if ! unshare --mount --pid --fork --kill-child --mount-proc --propagation private \
     debootstrap --variant=minbase \
-    --include=linux-image-cloud-amd64,initramfs-tools,live-boot,openssh-client,python3-minimal \
+    --include=linux-image-cloud-amd64,initramfs-tools,live-boot,openssh-client,python3-minimal"${2:+,$2}" \
     bookworm "$work/root" $mirror >"$work/log" 2>&1; then
     tail -n 20 "$work/log" >&2
     echo "base image: debootstrap could not build the root: is a Debian mirror reachable?" >&2

