@@ -261,7 +261,7 @@ func TestNoIMS(t *testing.T) {
 	if err := os.Remove(p.path("/mnt/image/.ims-buildenv-state")); err != nil {
 		t.Error(err)
 	}
-	p.checkNothingLeft(pr)
+	p.checkNothingLeft()
 }
 
 // TestDiskFull has no room for the new image beside the root.

@@ -286,11 +286,11 @@ func (p *pod) checkFailed(pr *process, words ...string) {
 		p.t.Errorf("job status %s, want %s", got, ims.Failed)
 	}
 	checkOneError(p.t, readFile(p.t, pr.stderr), words...)
-	p.checkNothingLeft(pr)
+	p.checkNothingLeft()
 }
 
 // checkNothingLeft looks for what a failed job must not leave.
-func (p *pod) checkNothingLeft(pr *process) {
+func (p *pod) checkNothingLeft() {
 	t := p.t
 	t.Helper()
 	p.w.checkNoImage(t, p.name)
@@ -305,9 +305,9 @@ func (p *pod) checkNothingLeft(pr *process) {
 			t.Errorf("left on the volume: %s", e.Name())
 		}
 	}
-	// the shell's side may still be there; it has no part in this job's S3 keys
-	for _, line := range processesOf(t, p.w.secretKey) {
-		if strings.Contains(line, filepath.Join(p.w.bin, "sidecar")) && strings.HasPrefix(line, strconv.Itoa(pr.cmd.Process.Pid)+" ") {
+	// the shell's side may still be there: it is another container
+	for _, line := range processesOf(t, p.id) {
+		if strings.Contains(line, "/sidecar ") {
 			t.Errorf("still running: %s", line)
 		}
 	}
