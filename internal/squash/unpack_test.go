@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -101,10 +102,14 @@ func TestUnpackMksquashfs(t *testing.T) {
 	dir := edgeTree(t)
 	for _, args := range [][]string{
 		{}, {"-b", "4096"}, {"-b", "1M", "-always-use-fragments"}, {"-no-fragments"}, {"-always-use-fragments"},
-		{"-comp", "zstd"}, {"-comp", "xz"}, {"-comp", "lz4"}, {"-noI", "-noD", "-noF", "-noX", "-noId"},
+		{"-comp", "zstd"}, {"-comp", "xz"}, {"-comp", "lz4"}, {"-comp", "lzo"}, {"-comp", "lzma"}, {"-comp", "xz", "-Xbcj", "x86,arm"},
+		{"-noI", "-noD", "-noF", "-noX", "-noId"},
 		{"-no-exports", "-nopad", "-no-duplicates"}, {"-no-sparse"},
 	} {
 		t.Run(fmt.Sprint(args), func(t *testing.T) {
+			if slices.Contains(args, "-Xbcj") && !strings.HasPrefix(xzImplementation, "liblzma") {
+				t.Skip("filters need liblzma")
+			}
 			img := openImage(t, mksquashfs(t, dir, args...))
 			if err := Verify(t.Context(), img, false); err != nil {
 				t.Fatal(err)
