@@ -272,6 +272,46 @@ func TestLoginGraceAndStartups(t *testing.T) {
 	}
 }
 
+// frozen is a client's connection that stops to read when told.
+type frozen struct {
+	net.Conn
+	stop chan struct{}
+}
+
+func (f frozen) Read(b []byte) (int, error) {
+	n, err := f.Conn.Read(b)
+	select {
+	case <-f.stop:
+		select {} // for ever, like a machine that was switched off
+	default:
+	}
+	return n, err
+}
+
+func TestClientAlive(t *testing.T) {
+	j := start(t, options{config: "ClientAliveInterval 1\nClientAliveCountMax 2"})
+	living := j.dial()
+	execute(t, living, "true")
+	nc, err := net.Dial("tcp", j.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	stop := make(chan struct{})
+	sc, chans, reqs, err := ssh.NewClientConn(frozen{nc, stop}, j.addr, &ssh.ClientConfig{
+		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(j.key)}, HostKeyCallback: ssh.InsecureIgnoreHostKey(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	execute(t, ssh.NewClient(sc, chans, reqs), "true")
+	close(stop)
+	j.awaitLog("ClientAliveCountMax: no sign of life for 3s")
+	if out, code := execute(t, living, "echo alive"); out != "alive\n" || code != 0 {
+		t.Errorf("a silent client that answers: %q, %d", out, code)
+	}
+}
+
 func TestHostKeysAreKept(t *testing.T) {
 	state := t.TempDir()
 	var prints []string

@@ -167,6 +167,7 @@ func (s *server) forget(c *conn) {
 
 func (s *server) remove(c *conn) {
 	c.end("the client closed the connection")
+	close(c.gone)
 	s.mu.Lock()
 	delete(s.conns, c)
 	s.forget(c)
@@ -205,6 +206,9 @@ func (s *server) channel(h func(*conn, *ssh.ServerConn, ssh.NewChannel)) gssh.Ch
 	return func(_ *gssh.Server, sc *ssh.ServerConn, nc ssh.NewChannel, ctx gssh.Context) {
 		c := ctx.Value(connKey{}).(*conn)
 		defer c.guard("channel " + quoteShort(nc.ChannelType()))
+		if every := s.set.ClientAliveInterval; every > 0 {
+			c.alive.Do(func() { go c.keepAlive(sc, every, s.set.ClientAliveCountMax) })
+		}
 		h(c, sc, nc)
 	}
 }
@@ -229,6 +233,8 @@ type conn struct {
 	log    *slog.Logger
 	opened time.Time
 	ids    atomic.Uint64 // of its sessions
+	alive  sync.Once     // starts keepAlive
+	gone   chan struct{} // closed when the connection is over
 	in     atomic.Int64  // bytes read from the client
 
 	// Of the first exchange, see greet; then read and written by the SSH library alone.
@@ -249,7 +255,7 @@ type conn struct {
 }
 
 func newConn(s *server, nc net.Conn) *conn {
-	c := &conn{Conn: nc, srv: s, opened: time.Now(), sessions: map[*session]struct{}{}}
+	c := &conn{Conn: nc, srv: s, opened: time.Now(), gone: make(chan struct{}), sessions: map[*session]struct{}{}}
 	c.log = s.log.With("conn", s.ids.Add(1), "peer", nc.RemoteAddr().String())
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -333,6 +339,31 @@ func (c *conn) noMoreSessions() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.noMore = true
+}
+
+// keepAlive asks a client that is silent for an answer, and gives it up after more than most
+// intervals without a byte (ClientAliveInterval and ClientAliveCountMax; 0: never).
+func (c *conn) keepAlive(sc ssh.Conn, every time.Duration, most int) {
+	defer c.guard("keepalive")
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	var seen int64
+	for silent := 0; ; {
+		select {
+		case <-c.gone:
+			return
+		case <-tick.C:
+		}
+		if n := c.in.Load(); n != seen {
+			seen, silent = n, 0
+			continue
+		}
+		if silent++; most > 0 && silent > most {
+			c.end(fmt.Sprintf("ClientAliveCountMax: no sign of life for %s", time.Duration(silent)*every))
+			return
+		}
+		go sc.SendRequest("keepalive@openssh.com", true, nil) // returns with the answer or the connection
+	}
 }
 
 // acquire takes one of the connection's session slots.
