@@ -28,20 +28,6 @@ func main() {
 	os.Exit(code)
 }
 
-// Exit codes beside those of package job.
-const (
-	exitFailure = 1
-	exitUsage   = 2
-)
-
-// exitCode is how a command that reported for itself ends.
-type exitCode int
-
-func (c exitCode) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
-
-// failure is an error of the work, as opposed to one of the command line.
-type failure struct{ error }
-
 func run(ctx context.Context, args []string) int {
 	root := newRoot()
 	root.SetArgs(legacyArgs(args))

@@ -17,6 +17,20 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 )
 
+// Exit codes beside those of package job.
+const (
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+// exitCode is how a command that reported for itself ends.
+type exitCode int
+
+func (c exitCode) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
+
+// failure is an error of the work, as opposed to one of the command line.
+type failure struct{ error }
+
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "sidecar",

@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"context"
 	"bufio"
 	"errors"
 	"fmt"
@@ -28,7 +29,6 @@ type server struct {
 	log  *slog.Logger
 	ssh  *gssh.Server
 	algs algorithms
-	env  []string // of every session, NAME=value
 
 	ids    atomic.Uint64
 	mu     sync.Mutex
@@ -316,7 +316,7 @@ func (c *conn) logEnd() {
 	if c.login == nil && c.reason == "the client closed the connection" {
 		level = slog.LevelDebug // port checks, mostly
 	}
-	c.log.Log(nil, level, "connection closed", "why", c.reason, "authenticated", c.login != nil,
+	c.log.Log(context.Background(), level, "connection closed", "why", c.reason, "authenticated", c.login != nil,
 		"seconds", int(time.Since(c.opened).Seconds()), "bytes_in", c.in.Load(), "bytes_out", c.out.Load())
 }
 
