@@ -3,8 +3,8 @@
 package gateway
 
 import (
-	"context"
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
