@@ -15,7 +15,7 @@
 //   - The daemon never opens a path inside the image root; the jail's children do.
 //   - A command without a terminal is not tied to its connection: when the client goes
 //     away its pipes close and it runs on. A terminal is hung up.
-//   - The end of a session on the wire is: all output, EOF, exit-status or exit-signal,
+//   - The end of a session on the wire is: all output, exit-status or exit-signal, EOF,
 //     close. When a background process keeps the output open, exit-status goes out as
 //     soon as what the command itself wrote has been sent, and the channel stays open.
 //   - Payloads, environments and keystrokes are never logged.

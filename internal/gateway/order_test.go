@@ -106,6 +106,8 @@ func (r *recorder) await(t *testing.T, want ...string) {
 	}
 }
 
+// REGRESSION: with EOF before the exit status, ssh(1), whose own input had ended, closed the
+// channel between the two now and then, and reported 255.
 func TestFramesInOrder(t *testing.T) {
 	big := strings.Repeat("0123456789abcdef", 3<<10) // less than a pipe holds
 	for _, tt := range []struct {
@@ -137,7 +139,7 @@ func TestFramesInOrder(t *testing.T) {
 			stdout.Close()
 			stderr.Close()
 			wait()
-			rec.await(t, "out "+big, "eof", tt.last, "close")
+			rec.await(t, "out "+big, tt.last, "eof", "close")
 		})
 	}
 }

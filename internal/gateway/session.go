@@ -382,8 +382,8 @@ const exitNotExecutable = 126
 // refuse the request would look like a broken connection to Ansible.
 func (ss *session) tooLong() {
 	fmt.Fprintln(ss.ch.Stderr(), "sshd: the command is too long to be executed")
-	ss.ch.CloseWrite()
 	ss.sendExit(jail.Exit{Code: exitNotExecutable})
+	ss.ch.CloseWrite()
 	ss.c.release(ss)
 	ss.ch.Close()
 }
@@ -458,10 +458,12 @@ func (ss *session) wait(proc process, stdin *os.File, tty bool) {
 		}
 	}
 	ss.out.close()
-	ss.ch.CloseWrite()
+	// Before EOF: a client that has sent its own EOF closes the channel as soon as it gets
+	// ours, and nothing can be sent on a channel that the other side has closed.
 	if !told {
 		ss.sendExit(exit)
 	}
+	ss.ch.CloseWrite()
 	var sent int64
 	for _, p := range ss.pumps {
 		sent += p.bytes.Load()
