@@ -249,6 +249,7 @@ func (s *server) usersGroups(id uint32, p *packet) error {
 		for len(list.ids.b) > 0 {
 			number := list.ids.uint32()
 			if list.ids.bad {
+				s.buf = s.buf[:s.started] // no half an answer
 				return errMalformed
 			}
 			s.buf = appendString(s.buf, list.known[number])

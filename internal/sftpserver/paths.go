@@ -21,13 +21,18 @@ func mkdir(path string, a attrs) error {
 	return unix.Mkdir(path, mode)
 }
 
-// rename fails if to exists, even as a dangling link. Where the file system cannot promise that in one step it goes as
-// OpenSSH does: a hard link for files, a look before the rename for others.
+// rename fails if to exists, even as a dangling link.
 func rename(from, to string) error {
 	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
 	if err != unix.EINVAL && err != unix.ENOSYS { // EINVAL is also: into itself; then it comes again
 		return err
 	}
+	return renameInSteps(from, to)
+}
+
+// renameInSteps is rename where the file system cannot promise it in one step. It goes as OpenSSH does: a hard link for
+// files, a look before the rename for others.
+func renameInSteps(from, to string) error {
 	var st unix.Stat_t
 	if err := unix.Lstat(from, &st); err != nil {
 		return err
