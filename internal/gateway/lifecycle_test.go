@@ -220,6 +220,15 @@ func TestRemoteBuild(t *testing.T) {
 	if err := j.await(); err != nil || j.flags() != "ready exiting" {
 		t.Errorf("%v, %q", err, j.flags())
 	}
+	stopped := start(t, options{change: func(c *Config) {
+		c.SSHD.RemoteBuildNode = "127.0.0.1"
+		os.WriteFile(filepath.Join(c.SSHD.Parent, "remote_port"), []byte(port+"\n"), 0o600)
+	}})
+	stopped.cancel()
+	<-stopped.ended
+	if stopped.flags() != "ready" {
+		t.Errorf("a stop is no error of the pod: %q", stopped.flags())
+	}
 	err := startError(t, options{change: func(c *Config) { c.SSHD.RemoteBuildNode = "127.0.0.1" }})
 	if err == nil || !strings.Contains(err.Error(), "remote_port") {
 		t.Errorf("without a port: %v", err)

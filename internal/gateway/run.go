@@ -62,7 +62,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	started := false
 	defer func() {
 		// The sidecar need not wait for a login that will never work: it ends the job on this flag.
-		if err != nil && !started {
+		if err != nil && !started && ctx.Err() == nil {
 			err = errors.Join(err, flags.Touch(signalfile.PodError))
 		}
 	}()
