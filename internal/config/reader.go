@@ -105,10 +105,10 @@ func (r *reader) seconds(name string, fallback time.Duration) time.Duration {
 	if v == "" {
 		return fallback
 	}
-	// A year bounds the conversion to nanoseconds far from overflow.
-	const most = 365 * 24 * 60 * 60
+	// The bounds keep the conversion to nanoseconds far from zero and from overflow.
+	const least, most = 1e-3, 365 * 24 * 60 * 60
 	s, err := strconv.ParseFloat(v, 64)
-	if err != nil || !(s > 0 && s <= most) {
+	if err != nil || !(s >= least && s <= most) {
 		r.problem(name, fmt.Sprintf("is %q: set it to a number of seconds above 0, or unset it for %d", v, int(fallback.Seconds())))
 		return fallback
 	}
