@@ -19,7 +19,7 @@ PORT  ?=
 GOTESTFLAGS ?=
 # How long each fuzz target runs: a count, because with a time go test now and then fails with "context
 # deadline exceeded" when the time ends during the minimizing of an input. For hours: FUZZTIME=1h
-FUZZTIME ?= 50000x
+FUZZTIME ?= 20000x
 
 .PHONY: help build demo run test test-unit test-integration fuzz bench images boot-test lint deps-build clean
 
@@ -50,7 +50,7 @@ test-integration: build ## Black-box tests of the built binaries with real clien
 	@scripts/deps.sh demo test
 	IMS_BUILDENV_BIN=$(CURDIR)/bin go test -count=1 -timeout 30m $(GOTESTFLAGS) ./integration/...
 
-fuzz: deps-build ## Run each fuzz target for FUZZTIME (default 50000x)
+fuzz: deps-build ## Run each fuzz target for FUZZTIME (default 20000x)
 	@scripts/fuzz.sh $(FUZZTIME)
 
 bench: build ## Compare side by side with the tools a user would pick instead
