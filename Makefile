@@ -48,7 +48,7 @@ test-unit: deps-build ## Package tests with the race detector (root adds the tes
 
 test-integration: build ## Black-box tests of the built binaries with real clients, mounts and pods
 	@scripts/deps.sh demo test
-	IMS_BUILDENV_BIN=$(CURDIR)/bin go test -count=1 -timeout 30m $(GOTESTFLAGS) ./integration/...
+	IMS_BUILDENV_BIN=$(CURDIR)/bin go test -p 1 -count=1 -timeout 30m $(GOTESTFLAGS) ./integration/...
 
 fuzz: deps-build ## Run each fuzz target for FUZZTIME (default 20000x)
 	@scripts/fuzz.sh $(FUZZTIME)

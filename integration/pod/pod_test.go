@@ -37,11 +37,18 @@ const (
 	patience   = 4 * time.Minute
 )
 
-// TestMain runs the tests again in a network namespace of their own.
+// TestMain builds the container images, for which debootstrap needs the network,
+// and runs the tests again in a network namespace of their own.
 func TestMain(m *testing.M) {
 	const inside = "IMS_BUILDENV_POD_TEST_NETNS"
 	if os.Geteuid() != 0 || os.Getenv(inside) == "1" {
 		os.Exit(m.Run())
+	}
+	if _, err := exec.LookPath("podman"); err == nil {
+		if out, err := exec.Command("../../images/build.sh").CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "images/build.sh: %v\n%s", err, out)
+			os.Exit(1)
+		}
 	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Env = append(os.Environ(), inside+"=1")
@@ -105,7 +112,6 @@ func newWorld(t *testing.T) *world {
 		w.bin = filepath.Join(w.root, "bin")
 	}
 	w.run("ip", "link", "set", "lo", "up")
-	w.run("images/build.sh")
 
 	data := filepath.Join(t.TempDir(), "imslocal")
 	serve := exec.Command(filepath.Join(w.bin, "imslocal"), "serve", "--runner", "none",
