@@ -152,11 +152,12 @@ func TestNothingDone(t *testing.T) {
 			again.wait(ims.WaitingOnUser)
 			again.ssh("touch " + again.flag("complete"))
 			again.wait(ims.Success)
-			var left []string
-			if m.jail {
-				left = []string{"tmp: mtime"}
+			// The flag was in /tmp, whose times are alike only when both jobs took less than a second.
+			got := slices.DeleteFunc(differences(t, first.file, again.result(kernelText, initrdText).file),
+				func(d string) bool { return m.jail && d == "tmp: mtime" })
+			if len(got) > 0 {
+				t.Errorf("the second image differs from the first in:\n%s", list(got))
 			}
-			checkTree(t, first.file, again.result(kernelText, initrdText).file, left...)
 		})
 	}
 }
