@@ -16,16 +16,9 @@ if [ ! -s "$base" ]; then
     trap 'rm -rf "$work"' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
-    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' 2>/dev/null | head -n 1 || true)
     echo "images: building the Debian base (once) ..." >&2
-    if ! unshare --mount --pid --fork --kill-child --mount-proc --propagation private \
-        debootstrap --variant=minbase --include=ca-certificates,less,procps,rsync \
-        bookworm "$work/root" $mirror >"$work/log" 2>&1; then
-        tail -n 20 "$work/log" >&2
-        echo "images: debootstrap could not build the base: is a Debian mirror reachable?" >&2
-        exit 1
-    fi
-    rm -rf "$work/root/var/cache/apt/archives/"*.deb "$work/root/var/lib/apt/lists/"*
+    scripts/debian-root.sh "$work/root" ca-certificates,less,procps,rsync
+    rm -rf "$work/root/var/lib/apt/lists/"*
     tar -C "$work/root" --numeric-owner -cf "$work/base.tar" .
     mv "$work/base.tar" "$base"
 fi

@@ -14,22 +14,13 @@ trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' 2>/dev/null | head -n 1 || true)
 echo "base image: building a Debian root (once, about a minute) ..." >&2
-# A mount and a PID namespace of its own: what debootstrap mounts or starts ends with it.
-if ! unshare --mount --pid --fork --kill-child --mount-proc --propagation private \
-    debootstrap --variant=minbase \
-    --include=linux-image-cloud-amd64,initramfs-tools,live-boot,openssh-client,python3-minimal"${2:+,$2}" \
-    bookworm "$work/root" $mirror >"$work/log" 2>&1; then
-    tail -n 20 "$work/log" >&2
-    echo "base image: debootstrap could not build the root: is a Debian mirror reachable?" >&2
-    exit 1
-fi
+scripts/debian-root.sh "$work/root" \
+    linux-image-cloud-amd64,initramfs-tools,live-boot,openssh-client,python3-minimal"${2:+,$2}"
 for name in vmlinuz:vmlinuz- initrd:initrd.img-; do
     file=$(cd "$work/root/boot" && ls -v -- "${name#*:}"* | tail -n 1)
     ln -sf "$file" "$work/root/boot/${name%%:*}"
 done
-rm -rf "$work/root/var/cache/apt/archives/"*.deb
 bin/sidecar pack "$work/root" "$work/image.squashfs" >&2
 mv "$work/image.squashfs" "$output"
 echo "base image: $output ($(du -h --apparent-size "$output" | cut -f1))" >&2
