@@ -5,7 +5,8 @@
 // The users are root and stay root; the package decides what that is worth. One long-lived child, the jail's init, is
 // started with the job (Start). It builds the confinement, starts every shell, command and SFTP server on request
 // (Spawn), and ends with the job (Stop), together with everything that was ever started in it. Work in the background
-// belongs to the jail, not to its session, and lives on until Stop.
+// belongs to the jail, not to its session, and lives on until Stop. Unix sockets for the gateway are made and connected
+// inside, too (Listen, ListenAgent, Dial): their paths are the jail's.
 //
 // # Levels
 //

@@ -24,10 +24,15 @@ const (
 	modeEnter = "jail-enter" // chroot level: go inside, then execute one of the following
 	modeSFTP  = "jail-sftp"  // serve SFTP on stdin and stdout
 	modeProbe = "jail-probe" // try to break out, report on stdout
+
+	modeSockets = "jail-sockets" // make Unix sockets for the gateway, which is on stdin
 )
 
-// kindProbe starts the break-out attempts; it never comes from a client.
-const kindProbe Kind = SFTP + 1
+// The kinds that never come from a client.
+const (
+	kindProbe   Kind = SFTP + 1 + iota // the break-out attempts
+	kindSockets                        // the maker of Unix sockets
+)
 
 // socketFD is init's end of the pair.
 const socketFD = 3
@@ -51,6 +56,8 @@ func ChildMain() {
 		run = sftpMain
 	case modeProbe:
 		run = probeMain
+	case modeSockets:
+		run = socketsMain
 	default:
 		return
 	}

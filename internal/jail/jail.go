@@ -99,6 +99,7 @@ type Jail struct {
 	conn  *conn
 	proc  *os.Process // init
 	trace *tail       // what init said last on stderr
+	socks sockets
 
 	done chan struct{} // closed when init has been reaped
 

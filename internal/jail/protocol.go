@@ -31,6 +31,17 @@ import (
 //	   |<--------------------- stopped #k (killed)   |   with a shorter grace hurries the first
 //	   |  close ------------------------------------>|   at any time: init kills everything and exits
 //
+// A pair of the same kind leads to the child that makes sockets (sockets.go): one request at a time, one answer each.
+//
+//	gateway                                       child
+//	   |  listen (path or agent, mask) ------------->|
+//	   |<-- socket (path, identity) + descriptor     |   or failed
+//	   |  connect (path) --------------------------->|
+//	   |<-- socket + descriptor                      |   or failed
+//	   |  remove (path, identity) ------------------>|
+//	   |<-- removed                                  |   or failed
+//	   |  close ------------------------------------>|   the child exits
+//
 // The gateway chooses the ids. Nothing secret is ever sent. Either side treats a packet it cannot read as the end of
 // the other: init exits (and everything in the jail with it), the gateway kills init.
 type op uint8
@@ -46,6 +57,11 @@ const (
 	opExists
 	opStop
 	opStopped
+	opListen
+	opConnect
+	opRemove
+	opSocket
+	opRemoved
 )
 
 const (
@@ -268,7 +284,7 @@ func (m *spawnMsg) encode(e *encoder) {
 func (m *spawnMsg) decode(b []byte) error {
 	d := decoder{b: b}
 	k := d.num()
-	if d.err == nil && (k < uint64(Shell) || k > uint64(kindProbe)) {
+	if d.err == nil && (k < uint64(Shell) || k > uint64(kindSockets)) {
 		return fmt.Errorf("%w: kind %d", errMalformed, k)
 	}
 	*m = spawnMsg{kind: Kind(k), command: d.str(), env: d.list(), stdio: d.num32()}
@@ -336,7 +352,7 @@ func (m *numberMsg) decode(b []byte) error {
 	return d.end()
 }
 
-// stringMsg carries the path of an exists request.
+// stringMsg carries the path of an exists or connect request.
 type stringMsg struct{ s string }
 
 func (m *stringMsg) encode(e *encoder) { e.str(m.s) }
@@ -361,5 +377,47 @@ func (m *stoppedMsg) encode(e *encoder) {
 func (m *stoppedMsg) decode(b []byte) error {
 	d := decoder{b: b}
 	*m = stoppedMsg{killed: d.list(), left: d.list()}
+	return d.end()
+}
+
+// listenMsg asks for a listening socket.
+type listenMsg struct {
+	path   string // empty: a name for an agent, in a new directory of its own
+	mask   uint32 // umask of bind(2)
+	unlink bool   // remove what is at path before
+}
+
+func (m *listenMsg) encode(e *encoder) {
+	e.str(m.path)
+	e.num(uint64(m.mask))
+	e.flag(m.unlink)
+}
+
+func (m *listenMsg) decode(b []byte) error {
+	d := decoder{b: b}
+	*m = listenMsg{path: d.str(), mask: d.num32(), unlink: d.flag()}
+	if d.err == nil && m.mask > 0o777 {
+		return fmt.Errorf("%w: umask %o", errMalformed, m.mask)
+	}
+	return d.end()
+}
+
+// socketMsg names a socket in the file system: the answer to listen and connect, and what remove removes.
+type socketMsg struct {
+	path     string
+	dev, ino uint64 // of the socket, when it was made
+	ownDir   bool   // its directory was made for it and goes with it
+}
+
+func (m *socketMsg) encode(e *encoder) {
+	e.str(m.path)
+	e.num(m.dev)
+	e.num(m.ino)
+	e.flag(m.ownDir)
+}
+
+func (m *socketMsg) decode(b []byte) error {
+	d := decoder{b: b}
+	*m = socketMsg{path: d.str(), dev: d.num(), ino: d.num(), ownDir: d.flag()}
 	return d.end()
 }

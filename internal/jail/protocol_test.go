@@ -26,6 +26,8 @@ func messages() []message {
 		&numberMsg{n: 9},
 		&stringMsg{s: "/tmp/complete"},
 		&stoppedMsg{killed: []string{"bash[1]"}, left: []string{"x[2]"}},
+		&listenMsg{path: "/tmp/a.sock", mask: 0o177, unlink: true},
+		&socketMsg{path: "/tmp/ssh-ABCDEFGHIJ/agent.1", dev: 1 << 40, ino: 2, ownDir: true},
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path"
 	"runtime"
+	"slices"
 	"strconv"
 	"syscall"
 
@@ -56,7 +57,7 @@ func (s *supervisor) spawn(id uint32, m *spawnMsg, files []*os.File) {
 	}
 
 	var start func() (int, error)
-	if m.kind == SFTP || m.kind == kindProbe {
+	if m.kind >= SFTP {
 		start = func() (int, error) { return s.execSelf(m, &acct, std) }
 	} else {
 		start = func() (int, error) { return s.execShell(m, &acct, ttyName, std) }
@@ -209,10 +210,7 @@ func (s *supervisor) execShell(m *spawnMsg, acct *account, ttyName string, std [
 // execSelf starts this program in one of its child modes inside the jail. Where the jail has no /proc to execute it
 // from, the enter mode goes inside first and executes the program by descriptor.
 func (s *supervisor) execSelf(m *spawnMsg, acct *account, std [3]*os.File) (int, error) {
-	mode := modeSFTP
-	if m.kind == kindProbe {
-		mode = modeProbe
-	}
+	mode := map[Kind]string{SFTP: modeSFTP, kindProbe: modeProbe, kindSockets: modeSockets}[m.kind]
 	env := []string{"HOME=" + acct.home, "USER=" + acct.name, "PATH=" + defaultPath}
 	a, err := s.attr(acct, env, std, false)
 	if err != nil {
@@ -261,7 +259,7 @@ const rootFD = 3
 // the jail can trace it meanwhile.
 func enterMain() error {
 	runtime.LockOSThread()
-	if len(os.Args) < 4 || (os.Args[3] != modeSFTP && os.Args[3] != modeProbe) {
+	if len(os.Args) < 4 || !slices.Contains([]string{modeSFTP, modeProbe, modeSockets}, os.Args[3]) {
 		return errors.New("internal mode, started by sshd only")
 	}
 	caps, err := strconv.ParseUint(os.Args[2], 16, 64)

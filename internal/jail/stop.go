@@ -13,9 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Stop ends every process of the jail, undoes what Start did to the image root and writes the root to disk. Processes get
-// SIGTERM, those on a terminal also SIGHUP, and SIGKILL after grace, or at once when ctx ends. It returns the names of
-// those that had to be killed.
+// Stop removes the sockets that Listen and ListenAgent made, ends every process of the jail, undoes what Start did to the
+// image root and writes the root to disk. Processes get SIGTERM, those on a terminal also SIGHUP, and SIGKILL after
+// grace, or at once when ctx ends. It returns the names of those that had to be killed.
 //
 // When Stop returns without error nothing of the jail is left, and nothing writes to the root any more. Later calls
 // return what the first one did.
@@ -29,6 +29,7 @@ func (j *Jail) Stop(ctx context.Context, grace time.Duration) ([]string, error) 
 }
 
 func (j *Jail) stop(ctx context.Context, grace time.Duration) (killed []string, err error) {
+	j.socks.close(j)
 	died := j.Err()
 	j.mu.Lock()
 	j.stopping = true
