@@ -68,33 +68,59 @@ func (f *openFile) nextData(off, blockSize int64) (int64, error) {
 // dispatch is the first stage: it goes through the tree in the order of the
 // walk, directories behind their content.
 func (p *pipeline) dispatch(ctx context.Context) error {
-	if err := p.dispatchDir(ctx, p.w.tree.root, ""); err != nil {
-		return err
-	}
-	close(p.toSeq)
-	return nil
-}
-
-func (p *pipeline) dispatchDir(ctx context.Context, d *inode, name string) error {
-	for _, e := range d.dir.entries {
-		if e.ino.packed {
-			continue // another name of an inode
+	var open []*inode  // the directories from the root on
+	var paths []string // theirs
+	up := func(n int) error {
+		for ; n > 0; n-- {
+			last := len(open) - 1
+			if err := send(ctx, p.toSeq, item{kind: itemOther, ino: open[last]}); err != nil {
+				return err
+			}
+			open, paths = open[:last], paths[:last]
 		}
-		e.ino.packed = true
-		var err error
-		switch below := path.Join(name, e.name); {
-		case e.ino.dir != nil:
-			err = p.dispatchDir(ctx, e.ino, below)
-		case e.ino.typ == typeFile:
-			err = p.dispatchFile(ctx, e.ino, below)
+		return nil
+	}
+	for {
+		rec, ok, err := p.w.tree.next(func(up int) string { return paths[len(paths)-1-up] })
+		if err != nil {
+			return err
+		}
+		if !ok {
+			break
+		}
+		if err := up(rec.up); err != nil {
+			return err
+		}
+		name := rec.entry.name
+		var parent *inode
+		if len(open) > 0 {
+			parent = open[len(open)-1]
+			parent.dir.entries = append(parent.dir.entries, rec.entry)
+			name = path.Join(paths[len(paths)-1], name)
+		}
+		switch ino := rec.ino; {
+		case ino == nil: // another name of an inode
+		case ino.typ == typeDir:
+			ino.nlink, ino.dir = 2, &directory{}
+			if parent != nil {
+				ino.dir.parent = parent.number
+				parent.nlink++
+			}
+			open, paths = append(open, ino), append(paths, name)
+		case ino.typ == typeFile:
+			err = p.dispatchFile(ctx, ino, name)
 		default:
-			err = send(ctx, p.toSeq, item{kind: itemOther, ino: e.ino})
+			err = send(ctx, p.toSeq, item{kind: itemOther, ino: ino})
 		}
 		if err != nil {
 			return err
 		}
 	}
-	return send(ctx, p.toSeq, item{kind: itemOther, ino: d})
+	if err := up(len(open)); err != nil {
+		return err
+	}
+	close(p.toSeq)
+	return nil
 }
 
 func (p *pipeline) dispatchFile(ctx context.Context, ino *inode, name string) error {
@@ -121,8 +147,8 @@ func (p *pipeline) dispatchFile(ctx context.Context, ino *inode, name string) er
 	return p.release(f)
 }
 
-// hasCompany tells whether another file has the same size.
-func (p *pipeline) hasCompany(ino *inode) bool { return p.w.tree.sizes[ino.size] > 1 }
+// hasCompany tells whether another file may have the same size.
+func (p *pipeline) hasCompany(ino *inode) bool { return p.w.tree.sizes.shared(ino.size) }
 
 // read says what the block is to hold.
 func (b *block) read(f *openFile, off int64, n int) {

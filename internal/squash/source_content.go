@@ -3,10 +3,12 @@
 package squash
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"path"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -42,25 +44,51 @@ func (id *identity) differs(now *identity) string {
 // dirContent is a regular file in a directory tree.
 type dirContent struct {
 	source *dirSource
-	dir    *dirNode
-	name   string
+	path   string
 	was    identity
 	holes  bool // fewer blocks allocated than the size needs
 }
 
-func (c *dirContent) path() string { return path.Join(c.dir.path(), c.name) }
+// appendContent implements contentKeeper.
+func (*dirSource) appendContent(dst []byte, c Content) []byte {
+	d := c.(*dirContent)
+	holes := uint64(0)
+	if d.holes {
+		holes = 1
+	}
+	dst = binary.AppendUvarint(dst, holes)
+	dst = binary.AppendUvarint(dst, d.was.link.Dev)
+	dst = binary.AppendUvarint(dst, d.was.link.Ino)
+	for _, at := range []unix.StatxTimestamp{d.was.mtime, d.was.ctime} {
+		dst = binary.AppendVarint(dst, at.Sec)
+		dst = binary.AppendUvarint(dst, uint64(at.Nsec))
+	}
+	return dst
+}
+
+// content implements contentKeeper.
+func (s *dirSource) content(path string, size int64, r *recordReader) Content {
+	c := &dirContent{source: s, path: path, holes: r.uint() == 1}
+	c.was.size = uint64(size)
+	c.was.link = LinkID{Dev: r.uint(), Ino: r.uint()}
+	for _, at := range []*unix.StatxTimestamp{&c.was.mtime, &c.was.ctime} {
+		at.Sec, at.Nsec = r.int(), uint32(r.uint())
+	}
+	return c
+}
 
 // Open implements Content. It is called from one goroutine.
 func (c *dirContent) Open() (ContentReader, error) {
-	dirFD, err := c.source.dirFD(c.dir)
+	dir, name := path.Split(c.path)
+	dirFD, err := c.source.dirFD(dir)
 	if err != nil {
-		return nil, vanished("open directory", c.dir.path(), err)
+		return nil, vanished("open directory", path.Clean(dir), err)
 	}
 	// The walk saw a regular file. Should something else have taken its name,
 	// O_NONBLOCK keeps a fifo from blocking the open.
-	fd, err := unix.Openat(dirFD, c.name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Openat(dirFD, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, vanished("open", c.path(), err)
+		return nil, vanished("open", c.path, err)
 	}
 	r := &dirReader{dirContent: c, fd: fd}
 	if err := r.unchanged(); err != nil {
@@ -70,21 +98,18 @@ func (c *dirContent) Open() (ContentReader, error) {
 	return r, nil
 }
 
-// dirFD opens a directory, one name at a time from the root.
-func (s *dirSource) dirFD(node *dirNode) (int, error) {
-	if node == s.root {
+// dirFD opens a directory, one name at a time from the root. Its path is empty
+// or ends with a slash.
+func (s *dirSource) dirFD(dir string) (int, error) {
+	if dir == "" {
 		return s.fd, nil
 	}
-	if node == s.cacheNode {
+	if dir == s.cacheDir {
 		return s.cacheFD, nil
 	}
-	var names []string
-	for n := node; n != s.root; n = n.parent {
-		names = append(names, n.name)
-	}
 	fd := s.fd
-	for i := len(names) - 1; i >= 0; i-- {
-		next, err := openDir(fd, names[i])
+	for name := range strings.SplitSeq(strings.TrimSuffix(dir, "/"), "/") {
+		next, err := openDir(fd, name)
 		if fd != s.fd {
 			unix.Close(fd)
 		}
@@ -96,7 +121,7 @@ func (s *dirSource) dirFD(node *dirNode) (int, error) {
 	if s.cacheFD >= 0 {
 		unix.Close(s.cacheFD)
 	}
-	s.cacheNode, s.cacheFD = node, fd
+	s.cacheDir, s.cacheFD = strings.Clone(dir), fd
 	return fd, nil
 }
 
@@ -109,14 +134,14 @@ type dirReader struct {
 func (r *dirReader) unchanged() error {
 	var st unix.Statx_t
 	if err := unix.Statx(r.fd, "", unix.AT_EMPTY_PATH, statMask, &st); err != nil {
-		return &fs.PathError{Op: "stat", Path: r.path(), Err: err}
+		return &fs.PathError{Op: "stat", Path: r.path, Err: err}
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return changedError(r.path(), "it is no regular file any more")
+		return changedError(r.path, "it is no regular file any more")
 	}
 	now := fileIdentity(&st)
 	if how := r.was.differs(&now); how != "" {
-		return changedError(r.path(), how)
+		return changedError(r.path, how)
 	}
 	return nil
 }
@@ -129,9 +154,9 @@ func (r *dirReader) ReadAt(p []byte, off int64) (int, error) {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			return n, &fs.PathError{Op: "read", Path: r.path(), Err: err}
+			return n, &fs.PathError{Op: "read", Path: r.path, Err: err}
 		case m == 0:
-			return n, changedError(r.path(), fmt.Sprintf("it ends at %d of %d bytes", off+int64(n), r.was.size))
+			return n, changedError(r.path, fmt.Sprintf("it ends at %d of %d bytes", off+int64(n), r.was.size))
 		}
 		n += m
 	}
@@ -149,7 +174,7 @@ func (r *dirReader) NextData(off int64) (int64, error) {
 	case errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTSUP):
 		return off, nil // the file system cannot tell: zeroes are found by reading
 	case err != nil:
-		return 0, &fs.PathError{Op: "seek to data", Path: r.path(), Err: err}
+		return 0, &fs.PathError{Op: "seek to data", Path: r.path, Err: err}
 	}
 	return next, nil
 }
@@ -157,7 +182,7 @@ func (r *dirReader) NextData(off int64) (int64, error) {
 func (r *dirReader) Close() error {
 	err := r.unchanged()
 	if cerr := unix.Close(r.fd); err == nil && cerr != nil {
-		err = &fs.PathError{Op: "close", Path: r.path(), Err: cerr}
+		err = &fs.PathError{Op: "close", Path: r.path, Err: cerr}
 	}
 	return err
 }

@@ -40,7 +40,7 @@ func DirSource(root string, opt DirOptions) (Source, error) {
 	if err != nil {
 		return nil, &fs.PathError{Op: "open tree", Path: root, Err: err}
 	}
-	s := &dirSource{fd: fd, opt: opt, cacheFD: -1, root: &dirNode{}}
+	s := &dirSource{fd: fd, opt: opt, cacheFD: -1}
 	if err := unix.Access(procPath(fd, "."), unix.F_OK); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("open tree %s: extended attributes are read through /proc/self/fd, which is out of reach: mount /proc: %w", root, err)
@@ -52,31 +52,17 @@ type dirSource struct {
 	fd     int
 	opt    DirOptions
 	rootSt unix.Statx_t
-	root   *dirNode
 
 	// The directory the last content was opened in stays open: contents are
 	// opened in the order of the walk.
-	cacheNode *dirNode
-	cacheFD   int
-}
-
-// dirNode is a directory as its contents remember it: names up to the root.
-type dirNode struct {
-	parent *dirNode
-	name   string
-}
-
-func (d *dirNode) path() string {
-	if d.parent == nil {
-		return "."
-	}
-	return path.Join(d.parent.path(), d.name)
+	cacheDir string
+	cacheFD  int
 }
 
 func (s *dirSource) Close() error {
 	if s.cacheFD >= 0 {
 		unix.Close(s.cacheFD)
-		s.cacheFD, s.cacheNode = -1, nil
+		s.cacheFD, s.cacheDir = -1, ""
 	}
 	if s.fd < 0 {
 		return nil
@@ -107,11 +93,11 @@ func (s *dirSource) Walk(ctx context.Context, fn func(*Entry) error) error {
 		return &fs.PathError{Op: "open directory", Path: ".", Err: err}
 	}
 	defer unix.Close(fd)
-	return s.walkDir(ctx, fd, s.root, ".", fn)
+	return s.walkDir(ctx, fd, ".", fn)
 }
 
 // walkDir yields what is in the directory open at fd.
-func (s *dirSource) walkDir(ctx context.Context, fd int, node *dirNode, dir string, fn func(*Entry) error) error {
+func (s *dirSource) walkDir(ctx context.Context, fd int, dir string, fn func(*Entry) error) error {
 	names, err := readNames(fd)
 	if err != nil {
 		return &fs.PathError{Op: "read directory", Path: dir, Err: err}
@@ -125,14 +111,14 @@ func (s *dirSource) walkDir(ctx context.Context, fd int, node *dirNode, dir stri
 		if s.opt.Exclude != nil && s.opt.Exclude(p) {
 			continue
 		}
-		if err := s.walkEntry(ctx, fd, node, name, p, fn); err != nil {
+		if err := s.walkEntry(ctx, fd, name, p, fn); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (s *dirSource) walkEntry(ctx context.Context, dirFD int, parent *dirNode, name, p string, fn func(*Entry) error) error {
+func (s *dirSource) walkEntry(ctx context.Context, dirFD int, name, p string, fn func(*Entry) error) error {
 	var st unix.Statx_t
 	if err := unix.Statx(dirFD, name, unix.AT_SYMLINK_NOFOLLOW, statMask, &st); err != nil {
 		return vanished("stat", p, err)
@@ -147,7 +133,7 @@ func (s *dirSource) walkEntry(ctx context.Context, dirFD int, parent *dirNode, n
 		return err
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFREG {
-		e.Content = &dirContent{source: s, dir: parent, name: name, was: fileIdentity(&st),
+		e.Content = &dirContent{source: s, path: p, was: fileIdentity(&st),
 			holes: st.Blocks*512 < st.Size}
 	}
 	if foreign {
@@ -174,7 +160,7 @@ func (s *dirSource) walkEntry(ctx context.Context, dirFD int, parent *dirNode, n
 	if linkID(&now) != linkID(&st) {
 		return changedError(p, "it was replaced")
 	}
-	return s.walkDir(ctx, fd, &dirNode{parent: parent, name: name}, p, fn)
+	return s.walkDir(ctx, fd, p, fn)
 }
 
 // otherMount tells whether an inode was reached through another mount than the

@@ -99,7 +99,7 @@ func (w *writer) finish(hasOptions bool) error {
 		Compressor: w.opt.Compressor,
 		Flags:      flagDuplicates | flagExportable,
 		IDs:        uint16(len(w.tree.ids.ids)),
-		RootInode:  w.refs[w.tree.root.number-1],
+		RootInode:  w.refs[0],
 		XattrTable: noTable,
 	}
 	if hasOptions {

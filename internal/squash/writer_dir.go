@@ -36,10 +36,9 @@ func (w *writer) writeOther(ino *inode) error {
 			return err
 		}
 		r.Parent = uint32(w.tree.inodes + 1) // the root's, which has none
-		if ino.dir.parent != nil {
-			r.Parent = ino.dir.parent.number
+		if ino.dir.parent != 0 {
+			r.Parent = ino.dir.parent
 		}
-		ino.dir = nil // nobody needs the names any more
 	}
 	return w.writeInode(ino, &r)
 }
@@ -78,7 +77,7 @@ func (w *writer) writeListing(d *directory, r *inodeRecord) error {
 // w.scratch: their inodes must begin in the same metadata block, their numbers
 // be near, and an index entry can only point to a header.
 func (w *writer) writeRun(left []dirent) (n int, err error) {
-	h := dirHeader{Start: uint32(w.refs[left[0].ino.number-1].block()), Number: left[0].ino.number}
+	h := dirHeader{Start: uint32(w.refs[left[0].number-1].block()), Number: left[0].number}
 	size := 0
 	for n < len(left) && n < maxDirEntries {
 		e := w.entry(left[n])
@@ -101,9 +100,9 @@ func (w *writer) writeRun(left []dirent) (n int, err error) {
 
 func (w *writer) entry(d dirent) dirEntryRecord {
 	return dirEntryRecord{
-		Offset: uint16(w.refs[d.ino.number-1].offset()),
-		Number: d.ino.number,
-		Type:   d.ino.typ,
+		Offset: uint16(w.refs[d.number-1].offset()),
+		Number: d.number,
+		Type:   d.typ,
 		Name:   d.name,
 	}
 }

@@ -4,6 +4,7 @@ package squash
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -18,8 +19,7 @@ import (
 // files get there.
 const maxFileBlocks = 1 << 24
 
-// inode is what the writer keeps of an inode between the walk and its inode
-// record. A tree may have millions, so it is kept small.
+// inode is what the writer knows of an inode on its way into the image.
 type inode struct {
 	content Content
 	target  string
@@ -34,76 +34,77 @@ type inode struct {
 	mode    uint16
 	uid     uint16 // indexes into the id table
 	gid     uint16
-	packed  bool // its inode record is written, or about to be
 }
 
 type directory struct {
-	parent  *inode
+	parent  uint32 // inode number; zero for the root
 	entries []dirent
 }
 
 // dirent is one name of an inode.
 type dirent struct {
-	name string
-	ino  *inode
+	name   string
+	number uint32
+	typ    inodeType
 }
 
-// inventory is the result of walking a source.
+// inventory is the result of walking a source: a record for each name, in the
+// order of the walk.
 type inventory struct {
 	opt      *Options
-	root     *inode
+	src      Source
+	records  recordLog
+	contents []Content // of a source that is no contentKeeper
 	inodes   int64
 	files    int64
-	bytes    int64            // content of all files
-	sizes    map[int64]uint32 // how many files have a size: only those with company can be duplicates
+	bytes    int64 // content of all files
+	sizes    sizeSet
 	ids      idTable
 	xattrs   *xattrTable
 	warnings warnings
+	linked   []linkedInode
 
-	links map[LinkID]*inode
-	stack []*inode // the open directories of the walk
-	last  []string // in each, the last name seen
+	links   map[LinkID]uint32 // indexes into linked
+	last    []string          // the last name seen in each open directory of the walk
+	scratch []byte
+
+	number uint32 // of the last inode taken from the records
 }
 
-// scan walks the source and numbers the inodes.
+// linkedInode is an inode that may have several names.
+type linkedInode struct {
+	nlink  uint32
+	number uint32 // zero before its first name is taken from the records
+	typ    inodeType
+}
+
+// contentKeeper is a Source that can bring a Content back from a few bytes: a
+// tree may have millions.
+type contentKeeper interface {
+	appendContent(dst []byte, c Content) []byte
+	content(path string, size int64, r *recordReader) Content
+}
+
+// scan walks the source.
 func (t *inventory) scan(ctx context.Context, src Source) error {
-	t.sizes = map[int64]uint32{}
-	t.links = map[LinkID]*inode{}
+	t.src = src
+	t.links = map[LinkID]uint32{}
 	if err := src.Walk(ctx, t.add); err != nil {
 		return err
 	}
-	if t.root == nil {
+	if t.inodes == 0 {
 		return errors.New("the source has no root directory")
 	}
 	if t.inodes >= math.MaxUint32 {
 		return fmt.Errorf("%d inodes: the limit is %d", t.inodes, uint32(math.MaxUint32-1))
 	}
-	t.links, t.stack, t.last = nil, nil, nil
-	t.root.number = 1
-	next := uint32(2)
-	number(t.root, &next)
+	t.links, t.last, t.scratch = nil, nil, nil
 	return nil
-}
-
-// number gives the inodes of each directory neighbouring numbers, because
-// directory entries hold small differences.
-func number(d *inode, next *uint32) {
-	for _, e := range d.dir.entries {
-		if e.ino.number == 0 {
-			e.ino.number = *next
-			*next++
-		}
-	}
-	for _, e := range d.dir.entries {
-		if e.ino.dir != nil {
-			number(e.ino, next)
-		}
-	}
 }
 
 // add takes one entry of the walk.
 func (t *inventory) add(e *Entry) error {
-	parent, name, err := t.place(e)
+	up, name, err := t.place(e)
 	if err != nil {
 		return err
 	}
@@ -114,69 +115,136 @@ func (t *inventory) add(e *Entry) error {
 	if isDir && e.Link != (LinkID{}) {
 		return fmt.Errorf("%s: a directory cannot have hard links", e.Path)
 	}
-	ino := t.links[e.Link]
-	if ino == nil {
-		if ino, err = t.newInode(e); err != nil {
+	t.scratch = binary.AppendUvarint(t.scratch[:0], uint64(up))
+	t.scratch = appendBytes(t.scratch, name)
+	i, known := t.links[e.Link]
+	switch {
+	case known && t.linked[i].nlink == math.MaxUint32:
+		return fmt.Errorf("%s: more than %d hard links", e.Path, uint32(math.MaxUint32))
+	case known:
+		t.linked[i].nlink++
+	case e.Link != LinkID{}:
+		i = uint32(len(t.linked))
+		t.links[e.Link] = i
+		t.linked = append(t.linked, linkedInode{nlink: 1})
+	}
+	link := uint64(0)
+	if e.Link != (LinkID{}) {
+		link = uint64(i) + 1
+	}
+	t.scratch = binary.AppendUvarint(t.scratch, link)
+	if !known {
+		ino, err := t.newInode(e)
+		if err != nil {
 			return err
 		}
-		if e.Link != (LinkID{}) {
-			t.links[e.Link] = ino
-		}
-	} else if ino.nlink == math.MaxUint32 {
-		return fmt.Errorf("%s: more than %d hard links", e.Path, uint32(math.MaxUint32))
-	} else {
-		ino.nlink++
+		t.appendInode(ino)
 	}
-	if parent == nil {
-		t.root = ino
-	} else {
-		parent.dir.entries = append(parent.dir.entries, dirent{name, ino})
-		if isDir {
-			parent.nlink++
-		}
-	}
+	t.records.add(t.scratch)
 	if isDir {
-		ino.nlink = 2
-		ino.dir = &directory{parent: parent}
-		t.stack = append(t.stack, ino)
 		t.last = append(t.last, "")
 	}
 	return nil
 }
 
+// appendInode appends what next makes the inode from.
+func (t *inventory) appendInode(ino *inode) {
+	b := append(t.scratch, byte(ino.typ))
+	for _, v := range []uint64{uint64(ino.mode), uint64(ino.uid), uint64(ino.gid), uint64(ino.mtime), uint64(ino.xattr + 1), uint64(ino.rdev), uint64(ino.size)} {
+		b = binary.AppendUvarint(b, v)
+	}
+	switch ino.typ {
+	case typeSymlink:
+		b = appendBytes(b, ino.target)
+	case typeFile:
+		if keeper, ok := t.src.(contentKeeper); ok {
+			b = keeper.appendContent(b, ino.content)
+		} else {
+			b = binary.AppendUvarint(b, uint64(len(t.contents)))
+			t.contents = append(t.contents, ino.content)
+		}
+	}
+	t.scratch = b
+}
+
+// treeRecord is one name of the tree.
+type treeRecord struct {
+	up    int // how many directories end before it
+	entry dirent
+	ino   *inode // nil if the name is another one of an inode
+}
+
+// next takes the next name from the records; dir is the path of a directory so
+// many levels up.
+func (t *inventory) next(dir func(up int) string) (rec treeRecord, ok bool, err error) {
+	r, err := t.records.next()
+	if r == nil || err != nil {
+		return rec, false, err
+	}
+	rec.up = int(r.uint())
+	rec.entry.name = string(r.bytes())
+	link := r.uint()
+	if link > 0 && t.linked[link-1].number > 0 {
+		l := t.linked[link-1]
+		rec.entry.number, rec.entry.typ = l.number, l.typ
+		return rec, true, nil
+	}
+	t.number++
+	ino := &inode{number: t.number, nlink: 1, typ: inodeType(r.rest[0])}
+	r.rest = r.rest[1:]
+	ino.mode, ino.uid, ino.gid = uint16(r.uint()), uint16(r.uint()), uint16(r.uint())
+	ino.mtime, ino.xattr, ino.rdev, ino.size = uint32(r.uint()), uint32(r.uint())-1, uint32(r.uint()), int64(r.uint())
+	switch ino.typ {
+	case typeSymlink:
+		ino.target = string(r.bytes())
+	case typeFile:
+		if keeper, ok := t.src.(contentKeeper); ok {
+			ino.content = keeper.content(path.Join(dir(rec.up), rec.entry.name), ino.size, r)
+		} else {
+			i := r.uint()
+			ino.content, t.contents[i] = t.contents[i], nil
+		}
+	}
+	if link > 0 {
+		l := &t.linked[link-1]
+		l.number, l.typ, ino.nlink = ino.number, ino.typ, l.nlink
+	}
+	rec.ino, rec.entry.number, rec.entry.typ = ino, ino.number, ino.typ
+	return rec, true, nil
+}
+
 // place finds the directory an entry belongs to, and holds the source to the
 // order it promises: the packer would otherwise write an image whose lookups
-// fail.
-func (t *inventory) place(e *Entry) (parent *inode, name string, err error) {
+// fail. It returns how many directories of the walk end here.
+func (t *inventory) place(e *Entry) (up int, name string, err error) {
 	if e.Path == "." {
-		if t.root != nil || e.Mode&unix.S_IFMT != unix.S_IFDIR {
-			return nil, "", errors.New("the root must come first in the walk, and be a directory")
+		if t.inodes > 0 || e.Mode&unix.S_IFMT != unix.S_IFDIR {
+			return 0, "", errors.New("the root must come first in the walk, and be a directory")
 		}
-		return nil, "", nil
+		return 0, "", nil
 	}
 	dir, name := path.Split(e.Path)
 	depth := strings.Count(dir, "/") + 1
-	if depth > len(t.stack) {
-		return nil, "", fmt.Errorf("%s: came before its directory in the walk", e.Path)
+	if depth > len(t.last) {
+		return 0, "", fmt.Errorf("%s: came before its directory in the walk", e.Path)
 	}
-	clear(t.stack[depth:])
-	t.stack, t.last = t.stack[:depth], t.last[:depth]
+	up = len(t.last) - depth
+	t.last = t.last[:depth]
 	// A path that only has the right depth would have to follow another
 	// directory of that depth, whose own name came later than this one's.
 	if want := strings.Join(t.last[:depth-1], "/"); strings.TrimSuffix(dir, "/") != want {
-		return nil, "", fmt.Errorf("%s: walked out of order, inside directory %q", e.Path, want)
+		return 0, "", fmt.Errorf("%s: walked out of order, inside directory %q", e.Path, want)
 	}
 	switch {
 	case name == "" || name == "." || name == ".." || strings.ContainsRune(name, 0):
-		return nil, "", fmt.Errorf("%q: %q cannot be a name", e.Path, name)
+		return 0, "", fmt.Errorf("%q: %q cannot be a name", e.Path, name)
 	case len(name) > maxNameLen:
-		return nil, "", fmt.Errorf("%s: name of %d bytes: the limit is %d", e.Path, len(name), maxNameLen)
+		return 0, "", fmt.Errorf("%s: name of %d bytes: the limit is %d", e.Path, len(name), maxNameLen)
 	case name <= t.last[depth-1]:
-		return nil, "", fmt.Errorf("%s: came after %q in the walk: names must be unique and in byte order", e.Path, t.last[depth-1])
+		return 0, "", fmt.Errorf("%s: came after %q in the walk: names must be unique and in byte order", e.Path, t.last[depth-1])
 	}
-	name = strings.Clone(name) // the path is not kept
 	t.last[depth-1] = name
-	return t.stack[depth-1], name, nil
+	return up, name, nil
 }
 
 var inodeTypes = map[uint32]inodeType{
@@ -242,8 +310,26 @@ func (t *inventory) addFile(e *Entry, ino *inode) error {
 	ino.size, ino.content = e.Size, e.Content
 	t.files++
 	t.bytes += e.Size
-	t.sizes[e.Size]++
+	t.sizes.add(e.Size)
 	return nil
+}
+
+// sizeSet tells which sizes more than one file has: only those can be
+// duplicates. Sizes that are equal modulo its length count as one, which costs
+// the digest of a file now and then.
+type sizeSet struct{ once, again [1 << 16]uint64 }
+
+func sizeBit(size int64) (word int, bit uint64) { return int(size >> 6 & 0xffff), 1 << (size & 63) }
+
+func (s *sizeSet) add(size int64) {
+	word, bit := sizeBit(size)
+	s.again[word] |= s.once[word] & bit
+	s.once[word] |= bit
+}
+
+func (s *sizeSet) shared(size int64) bool {
+	word, bit := sizeBit(size)
+	return s.again[word]&bit != 0
 }
 
 // mtime returns the time an inode gets.
