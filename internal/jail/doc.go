@@ -51,8 +51,9 @@
 //   - Nothing is inherited from the gateway: no environment, no descriptor, no signal disposition, no niceness.
 //   - Paths inside the root are resolved inside it, by descriptor; of its files only regular ones are read, up to a size.
 //   - The network is the pod's in every level; abstract sockets are shared.
-//   - In the Chroot level root can signal any process of the container, the gateway included (as PID 1 that is immune to
-//     SIGKILL), and use the node's keyrings. It cannot trace them: they hold CAP_SYS_CHROOT, it does not. A process of the
+//   - In the Chroot level root can signal any process of the container and change its priority, the gateway included: it
+//     can end its job that way, but not have it packed (as PID 1 the gateway is immune to SIGKILL and SIGSTOP). It can
+//     use the node's keyrings. It cannot trace them: they hold CAP_SYS_CHROOT, it does not. A process of the
 //     container that is neither root nor more capable would be at its mercy; the sshd container has none.
 //   - In the Chroot level the terminal's own name (/dev/pts/N) does not exist inside, and a node made there would not
 //     open (it is no devpts); /dev/tty works.

@@ -5,7 +5,6 @@ package jail
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -18,12 +17,7 @@ import (
 // buildAttacker compiles the hostile program into the image root.
 func buildAttacker(t *testing.T, root string) {
 	t.Helper()
-	testkit.NeedTool(t, "go")
-	cmd := exec.Command("go", "build", "-o", filepath.Join(root, "usr/bin/attacker"), "./testdata/attacker")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build attacker: %v\n%s", err, out)
-	}
+	testkit.BuildAttacker(t, filepath.Join(root, "usr/bin/attacker"))
 }
 
 // plantCanary makes a file beside the image root that nobody inside may ever read.
@@ -35,6 +29,9 @@ func plantCanary(t *testing.T, root string) string {
 	}
 	return canary
 }
+
+// conceded are the attacks that a level does not stop; doc.go says why.
+var conceded = map[Level][]string{Chroot: {"signal", "keyring"}}
 
 // TestAttacks promises that root inside the jail gets nowhere. ATTACK: a hostile program does everything it can think of.
 func TestAttacks(t *testing.T) {
@@ -49,7 +46,8 @@ func TestAttacks(t *testing.T) {
 			harmless = harmless[:3]
 		}
 		worked := 0
-		for _, attack := range strings.Fields(output(t, j, rootPrefix(level, root)+"/usr/bin/attacker list")) {
+		for line := range strings.Lines(output(t, j, rootPrefix(level, root)+"/usr/bin/attacker list")) {
+			attack, _, _ := strings.Cut(line, "\t")
 			if level == Plain && !slices.Contains(harmless, attack) {
 				continue
 			}
@@ -58,7 +56,7 @@ func TestAttacks(t *testing.T) {
 			switch {
 			case exit.Code == 0 && exit.Signal == 0:
 				worked++
-				if level != Plain {
+				if level != Plain && !slices.Contains(conceded[level], attack) {
 					t.Errorf("attack %s worked: %s", attack, stdout)
 				}
 			case exit.Code != 1 || exit.Signal != 0:

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 	"unsafe"
 
@@ -156,6 +157,9 @@ func cleanProcess() error {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("become subreaper: %w", err)
 	}
+	if err := guardLimits(); err != nil {
+		return err
+	}
 	unix.Umask(0o022)
 	os.Clearenv()
 	// An OOM immunity meant for the gateway must not reach the sessions.
@@ -167,6 +171,16 @@ func cleanProcess() error {
 	// A session keyring of its own; kernels without keys do without.
 	_, _ = unix.KeyctlJoinSessionKeyring("")
 	return closeInherited(socketFD)
+}
+
+// guardLimits keeps root in a jail from changing this process's resource limits: without CAP_SYS_RESOURCE prlimit(2)
+// takes a target whose real, effective and saved ids are all the caller's. What this process executes has them again.
+func guardLimits() error {
+	const nogroup = 65534
+	if err := syscall.Setresgid(-1, -1, nogroup); err != nil {
+		return fmt.Errorf("set saved group: %w", err)
+	}
+	return nil
 }
 
 // unignoreLibcSignals resets the signals that the C library keeps for itself and the Go runtime therefore leaves alone.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -243,16 +244,10 @@ func (j *Jail) request(o op, m message, p *Process, files ...*os.File) (packet, 
 		forget()
 		return packet{}, err
 	}
-	var answer packet
-	select {
-	case answer = <-c:
-	case <-j.done:
-		select {
-		case answer = <-c:
-		default:
-			forget()
-			return packet{}, j.endError()
-		}
+	answer, err := j.await(c)
+	if err != nil {
+		forget()
+		return packet{}, err
 	}
 	if answer.op == opFailed {
 		forget()
@@ -264,6 +259,27 @@ func (j *Jail) request(o op, m message, p *Process, files ...*os.File) (packet, 
 		return packet{}, errors.New(f.text)
 	}
 	return answer, nil
+}
+
+// await waits for init's answer. Where root in the jail can signal init it may have stopped it, which nobody else does.
+func (j *Jail) await(c <-chan packet) (packet, error) {
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case answer := <-c:
+			return answer, nil
+		case <-tick.C:
+			_ = j.proc.Signal(unix.SIGCONT)
+		case <-j.done:
+			select {
+			case answer := <-c:
+				return answer, nil
+			default:
+				return packet{}, j.endError()
+			}
+		}
+	}
 }
 
 // endError is why there is no jail any more.

@@ -233,6 +233,11 @@ func (j *Jail) fork(socket, stderr *os.File, namespaces uintptr) error {
 			return fmt.Errorf("become subreaper: %w", err)
 		}
 	}
+	if j.level == Chroot {
+		if err := guardLimits(); err != nil {
+			return err
+		}
+	}
 	started := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
