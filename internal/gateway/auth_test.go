@@ -252,7 +252,7 @@ func TestLoginGraceAndStartups(t *testing.T) {
 		banner := make([]byte, 64)
 		nc.SetReadDeadline(time.Now().Add(30 * time.Second))
 		n, _ := nc.Read(banner)
-		if i >= 3 && !strings.HasPrefix(string(banner[:n]), "SSH-2.0-ims-buildenv_") {
+		if i >= 3 && !strings.HasPrefix(string(banner[:n]), "SSH-2.0-OpenSSH_compatible ims-buildenv_") {
 			t.Errorf("connection %d: banner %q", i, banner[:n])
 		}
 	}

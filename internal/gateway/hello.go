@@ -23,6 +23,12 @@ import (
 //
 // Looking changes nothing: every byte is handed on to the SSH library as it came.
 
+// softwareVersion begins the version line (RFC 4253, section 4.2); who we are follows as
+// the comment. OpenSSH's client tells only servers whose version matches "OpenSSH*"
+// (compat.c) that nobody reads any more (eow@openssh.com), without which
+// `ssh job yes | head -1` does not end. No client knows a fault of a version without a number.
+const softwareVersion = "OpenSSH_compatible"
+
 const (
 	// helloWait is how long to wait for the packet. OpenSSH sends it at once; a client that
 	// waits for ours first, as libssh does, is offered everything.

@@ -78,7 +78,7 @@ func greeted(t testing.TB, send []byte) (ciphers []string, replayed []byte) {
 	go func() {
 		defer close(done)
 		line, err := bufio.NewReader(client).ReadString('\n')
-		if err != nil || line != "SSH-2.0-ims-buildenv_test\r\n" {
+		if err != nil || line != "SSH-2.0-OpenSSH_compatible ims-buildenv_test\r\n" {
 			t.Errorf("version line %q, %v", line, err)
 		}
 		client.Write(send)
@@ -86,7 +86,7 @@ func greeted(t testing.TB, send []byte) (ciphers []string, replayed []byte) {
 	}()
 	c := newConn(s, theirs)
 	c.ciphers = c.greet()
-	if n, err := c.Write([]byte("SSH-2.0-ims-buildenv_test\r\n")); n == 0 || err != nil {
+	if n, err := c.Write([]byte("SSH-2.0-OpenSSH_compatible ims-buildenv_test\r\n")); n == 0 || err != nil {
 		t.Errorf("the library's version line: %d, %v", n, err)
 	}
 	replayed, _ = io.ReadAll(c)

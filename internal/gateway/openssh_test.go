@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/rand"
 	"fmt"
@@ -43,7 +44,7 @@ func TestOpenSSHExec(t *testing.T) {
 		}
 	}
 	out, errs, code := run(t, j.tool("ssh", "-v", host, "true"))
-	if out != "" || code != 0 || !strings.Contains(errs, "remote software version ims-buildenv_") {
+	if out != "" || code != 0 || !strings.Contains(errs, "remote software version OpenSSH_compatible ims-buildenv_") {
 		t.Errorf("version string: %q %d %s", out, code, errs)
 	}
 }
@@ -60,6 +61,47 @@ func TestOpenSSHStdin(t *testing.T) {
 	cmd = j.tool("ssh", host, "sh -s") // as Ansible's pipelining does
 	cmd.Stdin = strings.NewReader("echo from stdin\nexit 6\n")
 	if out, _, code := run(t, cmd); out != "from stdin\n" || code != 6 {
+		t.Errorf("%q, %d", out, code)
+	}
+}
+
+// REGRESSION: `ssh job yes | head -1` ran until interrupted. The client says that its output
+// is closed only to a server that it takes for OpenSSH's.
+func TestOpenSSHOutputClosed(t *testing.T) {
+	j := start(t, options{})
+	cmd := j.tool("ssh", host, "yes")
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "y\n" {
+		t.Errorf("%q, %v", line, err)
+	}
+	out.Close()
+	cmd.Wait()
+	j.awaitLog("signal=PIPE")
+}
+
+// A command that ends before its input does: `cat big | ssh job head -c 1`.
+func TestOpenSSHInputLeft(t *testing.T) {
+	j := start(t, options{})
+	cmd := j.tool("ssh", host, "head -c 1")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		chunk := make([]byte, 1<<16)
+		for {
+			if _, err := in.Write(chunk); err != nil {
+				return // ssh is gone
+			}
+		}
+	}()
+	if out, _, code := run(t, cmd); out != "\x00" || code != 0 {
 		t.Errorf("%q, %d", out, code)
 	}
 }

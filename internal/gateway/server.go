@@ -48,7 +48,7 @@ func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version 
 		return nil, err
 	}
 	s.ssh = &gssh.Server{
-		Version: "ims-buildenv_" + version,
+		Version: softwareVersion + " ims-buildenv_" + version,
 		ConnCallback: func(ctx gssh.Context, nc net.Conn) net.Conn {
 			ctx.SetValue(connKey{}, nc)
 			return nc
@@ -249,6 +249,7 @@ type conn struct {
 	login    *login      // set when the login is complete
 	client   string      // its version string, then
 	sessions map[*session]struct{}
+	begun    int       // sessions it has had
 	noMore   bool      // the client promised to open no more sessions
 	lastEnd  time.Time // when its last session ended
 	reason   string    // who closed it and why; the first reason stays
@@ -371,12 +372,15 @@ func (c *conn) acquire(ss *session) (ssh.RejectionReason, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case c.noMore:
+	// The request comes right after the open of the client's one session, and the SSH library
+	// delivers the two on separate ways: the session may be seen second.
+	case c.noMore && c.begun > 0:
 		return ssh.Prohibited, errors.New("the client asked for no more sessions on this connection")
 	case len(c.sessions) >= c.srv.set.MaxSessions:
 		return ssh.ResourceShortage, fmt.Errorf("MaxSessions: this connection has %d sessions open", len(c.sessions))
 	}
 	c.sessions[ss] = struct{}{}
+	c.begun++
 	return 0, nil
 }
 

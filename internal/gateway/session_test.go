@@ -476,6 +476,7 @@ func TestRefusedChannelsAndRequests(t *testing.T) {
 			t.Errorf("%s: %v, %v; want an answer, and a failure", typ, ok, err)
 		}
 	}
+	newSession(t, c)
 	c.SendRequest("no-more-sessions@openssh.com", false, nil)
 	c.SendRequest("keepalive@openssh.com", true, nil) // requests are handled in order
 	if _, err := c.NewSession(); err == nil {
