@@ -4,6 +4,8 @@ package squash
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
 	"fmt"
 	"runtime/debug"
 	"sync"
@@ -32,6 +34,7 @@ import (
 type pipeline struct {
 	w     *writer
 	zeros []byte
+	key   [sha256.BlockSize]byte // of digests
 
 	work   chan *block // capacity for all blocks there are
 	toSeq  chan item
@@ -73,8 +76,9 @@ func newPipeline(w *writer) *pipeline {
 	for range fragments {
 		p.gather <- nil
 	}
-	p.dup = duplicates{p: p, seen: map[firstBlock][]*layoutRecord{}}
-	p.seq = sequencer{p: p, seen: map[digest]fragmentPlace{}}
+	rand.Read(p.key[:]) // never fails
+	p.dup = duplicates{p: p, seen: map[firstBlock][]*layoutRecord{}, sum: p.summer()}
+	p.seq = sequencer{p: p}
 	p.lay = layout{p: p, w: w}
 	return p
 }

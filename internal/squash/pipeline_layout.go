@@ -11,8 +11,8 @@ type fragmentPlace struct{ index, offset uint32 }
 // files go.
 type sequencer struct {
 	p         *pipeline
-	seen      map[digest]fragmentPlace // content of small files
-	current   *block                   // the fragment block being filled
+	seen      contentTable // content of small files
+	current   *block       // the fragment block being filled
 	fragments uint32
 }
 
@@ -50,7 +50,7 @@ func (s *sequencer) place(ctx context.Context, b *block) (at fragmentPlace, dup 
 	}
 	defer func() { s.p.free <- b }()
 	if b.hash {
-		if at, dup = s.seen[b.digest]; dup {
+		if at, dup = s.seen.find(&b.digest); dup {
 			return at, true, nil
 		}
 	}
@@ -68,7 +68,7 @@ func (s *sequencer) place(ctx context.Context, b *block) (at fragmentPlace, dup 
 	at = fragmentPlace{index: s.fragments, offset: uint32(s.current.n)}
 	s.current.n += copy(s.current.raw[s.current.n:], b.raw[:b.n])
 	if b.hash {
-		s.seen[b.digest] = at
+		s.seen.add(&b.digest, at)
 	}
 	return at, false, nil
 }

@@ -5,7 +5,6 @@ package squash
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 )
 
 // worker does the work that may be done in any order.
@@ -14,19 +13,20 @@ func (p *pipeline) worker(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	sum := p.summer()
 	for {
 		b, ok, err := receive(ctx, p.work)
 		if err != nil || !ok {
 			return err
 		}
-		if err := p.process(b, comp); err != nil {
+		if err := p.process(b, comp, sum); err != nil {
 			return err
 		}
 		b.done <- struct{}{}
 	}
 }
 
-func (p *pipeline) process(b *block, comp compressor) error {
+func (p *pipeline) process(b *block, comp compressor, sum *summer) error {
 	raw := b.raw[:b.n]
 	if f := b.file; f != nil {
 		b.file = nil
@@ -43,7 +43,7 @@ func (p *pipeline) process(b *block, comp compressor) error {
 		}
 	}
 	if b.hash {
-		b.digest = sha256.Sum256(raw)
+		b.digest = sum.sum(raw)
 	}
 	if b.job == jobSmall {
 		return nil

@@ -158,7 +158,13 @@ func (w *writer) writeStream(m *metaWriter) (uint64, error) {
 	if err := m.flush(); err != nil {
 		return 0, err
 	}
-	return start, w.out.write(m.blocks)
+	for _, b := range m.blocks {
+		if err := w.out.write(b); err != nil {
+			return 0, err
+		}
+	}
+	m.blocks = nil
+	return start, nil
 }
 
 // writeTable writes entries as metadata blocks, and behind them a header and

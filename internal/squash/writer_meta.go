@@ -2,7 +2,10 @@
 
 package squash
 
-import "encoding/binary"
+import (
+	"bytes"
+	"encoding/binary"
+)
 
 // metaBlock appends one metadata block, header included, to dst.
 func appendMetaBlock(dst []byte, c compressor, content []byte) ([]byte, error) {
@@ -25,11 +28,12 @@ func appendMetaBlock(dst []byte, c compressor, content []byte) ([]byte, error) {
 type metaWriter struct {
 	comp    compressor
 	pending []byte // less than a block
-	blocks  []byte
+	blocks  [][]byte
+	length  uint64 // of blocks
 }
 
 // ref returns the position of the next byte written.
-func (m *metaWriter) ref() metaRef { return makeRef(uint64(len(m.blocks)), len(m.pending)) }
+func (m *metaWriter) ref() metaRef { return makeRef(m.length, len(m.pending)) }
 
 func (m *metaWriter) write(p []byte) error {
 	for len(p) > 0 {
@@ -46,11 +50,14 @@ func (m *metaWriter) write(p []byte) error {
 }
 
 // flush ends the current block; with it the table, unless it is full.
-func (m *metaWriter) flush() (err error) {
+func (m *metaWriter) flush() error {
 	if len(m.pending) == 0 {
 		return nil
 	}
-	m.blocks, err = appendMetaBlock(m.blocks, m.comp, m.pending)
+	var packed [metaHeaderSize + metaBlockSize]byte
+	block, err := appendMetaBlock(packed[:0], m.comp, m.pending)
+	m.blocks = append(m.blocks, bytes.Clone(block))
+	m.length += uint64(len(block))
 	m.pending = m.pending[:0]
 	return err
 }
