@@ -87,17 +87,15 @@ func (r *layoutRecord) finish(ino *inodeRecord, sum digest) {
 // duplicates finds large files that are in the image already, before any of
 // their blocks is compressed.
 type duplicates struct {
-	p    *pipeline
 	seen map[firstBlock][]*layoutRecord
-	sum  *summer
-	buf  []byte
+	*fileSummer
 }
 
 // find returns the record of an earlier file with the content of f and true,
 // or a new record to be filled in.
 func (d *duplicates) find(ctx context.Context, f *openFile) (*layoutRecord, bool, error) {
 	key := firstBlock{size: f.size} // a digest of zeroes stands for a hole
-	next, err := f.nextData(0, int64(d.p.w.opt.BlockSize))
+	next, err := f.nextData(0, int64(len(d.zeros)))
 	if err == nil && next == 0 {
 		_, key.digest, err = d.readBlock(f, 0)
 	}
@@ -123,25 +121,36 @@ func (d *duplicates) find(ctx context.Context, f *openFile) (*layoutRecord, bool
 	return r, false, nil
 }
 
-// readBlock returns the digest of one block, or zero that it has none.
-func (d *duplicates) readBlock(f *openFile, off int64) (zero bool, sum digest, err error) {
-	size := int64(d.p.w.opt.BlockSize)
-	if d.buf == nil {
-		d.buf = make([]byte, size)
+// fileSummer reads files to find out their digests.
+type fileSummer struct {
+	*summer
+	buf, zeros []byte
+}
+
+func newFileSummer(s *summer, blockSize int) *fileSummer {
+	return &fileSummer{summer: s, buf: make([]byte, blockSize), zeros: make([]byte, blockSize)}
+}
+
+// blockDigest returns the digest of one block, or zero that it has none.
+func (s *fileSummer) blockDigest(raw []byte) (zero bool, sum digest) {
+	if bytes.Equal(raw, s.zeros[:len(raw)]) {
+		return true, sum
 	}
-	raw := d.buf[:min(size, f.size-off)]
+	return false, s.sum(raw)
+}
+
+func (s *fileSummer) readBlock(f *openFile, off int64) (zero bool, sum digest, err error) {
+	raw := s.buf[:min(int64(len(s.buf)), f.size-off)]
 	if err := f.readAt(raw, off); err != nil {
 		return false, sum, err
 	}
-	if bytes.Equal(raw, d.p.zeros[:len(raw)]) {
-		return true, sum, nil
-	}
-	return false, d.sum.sum(raw), nil
+	zero, sum = s.blockDigest(raw)
+	return zero, sum, nil
 }
 
-func (d *duplicates) readAll(ctx context.Context, f *openFile) (digest, error) {
-	var s contentSum
-	size := int64(d.p.w.opt.BlockSize)
+func (s *fileSummer) readAll(ctx context.Context, f *openFile) (digest, error) {
+	var all contentSum
+	size := int64(len(s.buf))
 	for off := int64(0); off < f.size; {
 		if ctx.Err() != nil {
 			return digest{}, context.Cause(ctx)
@@ -151,20 +160,20 @@ func (d *duplicates) readAll(ctx context.Context, f *openFile) (digest, error) {
 			return digest{}, err
 		}
 		if next > off {
-			s.holes(uint64((next - off + size - 1) / size))
+			all.holes(uint64((next - off + size - 1) / size))
 			off = next
 			continue
 		}
-		zero, sum, err := d.readBlock(f, off)
+		zero, sum, err := s.readBlock(f, off)
 		if err != nil {
 			return digest{}, err
 		}
 		if zero {
-			s.holes(1)
+			all.holes(1)
 		} else {
-			s.block(sum)
+			all.block(sum)
 		}
 		off += size
 	}
-	return s.sum(), nil
+	return all.sum(), nil
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -77,9 +78,14 @@ func (h hollow) ReadAt(p []byte, off int64) (int, error) {
 }
 
 // memOut is an image in memory.
-type memOut struct{ b []byte }
+type memOut struct {
+	mu sync.Mutex
+	b  []byte
+}
 
 func (o *memOut) WriteAt(p []byte, off int64) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if need := int(off) + len(p); need > len(o.b) {
 		o.b = append(o.b, make([]byte, need-len(o.b))...)
 	}

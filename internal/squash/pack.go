@@ -28,6 +28,11 @@ type Options struct {
 	// it, the same tree makes the same bytes, however many workers there are.
 	Epoch *time.Time
 
+	// Base, if set, is an image the tree was made from. What is not set above
+	// is then taken from it, and its compressed data from there as far as the
+	// content is the same.
+	Base *Base
+
 	// Progress, if set, is called now and then with the bytes of file content
 	// that are in the image, from one goroutine at a time.
 	Progress func(done, total int64)
@@ -49,11 +54,15 @@ type Stats struct {
 	Fragments      int        `json:"fragments"`      // blocks shared by small files
 	Compressor     Compressor `json:"compressor"`
 	BlockSize      int        `json:"blockSize"`
+	Base           *BaseStats `json:"base,omitempty"`     // with Options.Base
 	Warnings       []string   `json:"warnings,omitempty"` // what was left out or altered, by path
 }
 
 // withDefaults replaces zeroes and refuses nonsense.
 func (o Options) withDefaults() (Options, error) {
+	if o.Base != nil {
+		o.Base.adopt(&o)
+	}
 	if o.Compressor == 0 {
 		o.Compressor = Gzip
 	}

@@ -77,8 +77,8 @@ func newPipeline(w *writer) *pipeline {
 		p.gather <- nil
 	}
 	rand.Read(p.key[:]) // never fails
-	p.dup = duplicates{p: p, seen: map[firstBlock][]*layoutRecord{}, sum: p.summer()}
-	p.seq = sequencer{p: p}
+	p.dup = duplicates{seen: map[firstBlock][]*layoutRecord{}, fileSummer: newFileSummer(p.summer(), w.opt.BlockSize)}
+	p.seq = sequencer{p: p, fragments: uint32(len(w.fragments))}
 	p.lay = layout{p: p, w: w}
 	return p
 }
@@ -94,6 +94,9 @@ func (p *pipeline) run(ctx context.Context) error {
 	}
 	stage(p.seq.run)
 	stage(p.lay.run)
+	if r := p.w.reuse; r != nil {
+		stage(func(ctx context.Context) error { return r.copyRuns(ctx, &p.w.out) })
+	}
 	err := g.Wait()
 	// After an error files whose blocks nobody will read are still open.
 	for f := range p.open {
@@ -151,6 +154,7 @@ const (
 	itemHoles                    // blocks of zeroes of a large file
 	itemLarge                    // the end of a large file
 	itemCopy                     // a large file that is a duplicate
+	itemBase                     // a file that keeps the data it has in the base
 	itemSmall                    // a file shorter than a block, with its content
 	itemFragment                 // a fragment block, only behind the sequencer
 	itemOther                    // an empty file, a directory behind what is in it, or anything else

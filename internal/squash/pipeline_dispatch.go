@@ -124,6 +124,9 @@ func (p *pipeline) dispatch(ctx context.Context) error {
 }
 
 func (p *pipeline) dispatchFile(ctx context.Context, ino *inode, name string) error {
+	if ino.base != noRef {
+		return send(ctx, p.toSeq, item{kind: itemBase, ino: ino})
+	}
 	f, err := p.openFile(ino, name)
 	if err != nil {
 		return err

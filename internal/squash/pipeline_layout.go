@@ -133,6 +133,13 @@ func (l *layout) step(ctx context.Context, it item) error {
 		l.progress(it.ino.size)
 		r := it.rec.inode
 		return w.writeInode(it.ino, &r)
+	case itemBase:
+		r, err := w.reuse.record(it.ino.base)
+		if err != nil {
+			return err
+		}
+		l.progress(it.ino.size)
+		return w.writeInode(it.ino, r)
 	case itemSmall:
 		if it.dup {
 			w.stats.Duplicates++

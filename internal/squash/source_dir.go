@@ -26,6 +26,9 @@ type DirOptions struct {
 	// Exclude, if set, is asked for each path relative to the root. A path it
 	// returns true for is left out, with everything below it.
 	Exclude func(path string) bool
+	// Index, if set, is of the image that was unpacked to this directory. Files
+	// it knows to be untouched are not read.
+	Index *Index
 }
 
 // DirSource returns the tree below a directory. The path itself may contain
@@ -133,8 +136,7 @@ func (s *dirSource) walkEntry(ctx context.Context, dirFD int, name, p string, fn
 		return err
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFREG {
-		e.Content = &dirContent{source: s, path: p, was: fileIdentity(&st),
-			holes: st.Blocks*512 < st.Size}
+		e.Content = s.contentOf(p, &st)
 	}
 	if foreign {
 		e.Note = "mount point, packed as an empty directory"
@@ -161,6 +163,16 @@ func (s *dirSource) walkEntry(ctx context.Context, dirFD int, name, p string, fn
 		return changedError(p, "it was replaced")
 	}
 	return s.walkDir(ctx, fd, p, fn)
+}
+
+// contentOf returns where the bytes of a file come from.
+func (s *dirSource) contentOf(p string, st *unix.Statx_t) Content {
+	if s.opt.Index != nil && linkID(st).Dev == linkID(&s.rootSt).Dev {
+		if c := s.opt.Index.unchanged(st); c != nil {
+			return c
+		}
+	}
+	return &dirContent{source: s, path: p, was: fileIdentity(st), holes: st.Blocks*512 < st.Size}
 }
 
 // otherMount tells whether an inode was reached through another mount than the

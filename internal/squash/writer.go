@@ -34,6 +34,7 @@ type writer struct {
 	out  imageOut
 	comp compressor // for metadata
 
+	reuse     *reuse // nil without a base whose data can be taken over
 	inodes    metaWriter
 	dirs      metaWriter
 	refs      []inodeRef // by inode number - 1
@@ -60,17 +61,29 @@ func (w *writer) run(ctx context.Context, src Source) error {
 	}
 	w.out.total = w.tree.bytes
 	w.refs = make([]inodeRef, w.tree.inodes)
-	options, err := w.options()
-	if err != nil {
+	if err := w.plan(ctx); err != nil {
 		return err
 	}
-	if err := w.out.write(options); err != nil {
+	hasOptions, err := w.begin()
+	if err != nil {
 		return err
 	}
 	if err := newPipeline(w).run(ctx); err != nil {
 		return err
 	}
-	return w.finish(len(options) > 0)
+	return w.finish(hasOptions)
+}
+
+// begin writes what comes before the data.
+func (w *writer) begin() (hasOptions bool, err error) {
+	if w.reuse != nil {
+		return len(w.reuse.options) > 0, w.reuse.begin(w)
+	}
+	options, err := w.options()
+	if err != nil {
+		return false, err
+	}
+	return len(options) > 0, w.out.write(options)
 }
 
 // options returns the compressor options' metadata block, or nothing.

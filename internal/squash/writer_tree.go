@@ -34,6 +34,7 @@ type inode struct {
 	mode    uint16
 	uid     uint16 // indexes into the id table
 	gid     uint16
+	base    inodeRef // of a file that keeps the data it has in the base, or noRef
 }
 
 type directory struct {
@@ -51,18 +52,25 @@ type dirent struct {
 // inventory is the result of walking a source: a record for each name, in the
 // order of the walk.
 type inventory struct {
-	opt      *Options
-	src      Source
-	records  recordLog
-	contents []Content // of a source that is no contentKeeper
-	inodes   int64
-	files    int64
-	bytes    int64 // content of all files
-	sizes    sizeSet
-	ids      idTable
-	xattrs   *xattrTable
-	warnings warnings
-	linked   []linkedInode
+	opt       *Options
+	src       Source
+	records   recordLog
+	contents  []Content // of a source that is no contentKeeper
+	baseImage *Image    // that files have their content from
+	inodes    int64
+	files     int64
+	bytes     int64 // content of all files
+	sizes     sizeSet
+	ids       idTable
+	xattrs    *xattrTable
+	warnings  warnings
+	linked    []linkedInode
+
+	// With a base, for each file in the order of the walk: the inode there
+	// whose data it keeps, or noRef. What is changed is to be looked for there.
+	kept    []inodeRef
+	changed []changedFile
+	taken   int // files taken from the records
 
 	links   map[LinkID]uint32 // indexes into linked
 	last    []string          // the last name seen in each open directory of the walk
@@ -157,6 +165,15 @@ func (t *inventory) appendInode(ino *inode) {
 	case typeSymlink:
 		b = appendBytes(b, ino.target)
 	case typeFile:
+		ref := uint64(0)
+		inBase, ok := ino.content.(*baseContent)
+		if ok {
+			t.baseImage, ref = inBase.img, uint64(inBase.ref)+1
+		}
+		b = binary.AppendUvarint(b, ref)
+		if ok {
+			break
+		}
 		if keeper, ok := t.src.(contentKeeper); ok {
 			b = keeper.appendContent(b, ino.content)
 		} else {
@@ -198,7 +215,14 @@ func (t *inventory) next(dir func(up int) string) (rec treeRecord, ok bool, err 
 	case typeSymlink:
 		ino.target = string(r.bytes())
 	case typeFile:
-		if keeper, ok := t.src.(contentKeeper); ok {
+		ino.base = noRef
+		if t.kept != nil {
+			ino.base = t.kept[t.taken]
+			t.taken++
+		}
+		if ref := r.uint(); ref > 0 {
+			ino.content = &baseContent{img: t.baseImage, ref: inodeRef(ref - 1)}
+		} else if keeper, ok := t.src.(contentKeeper); ok {
 			ino.content = keeper.content(path.Join(dir(rec.up), rec.entry.name), ino.size, r)
 		} else {
 			i := r.uint()
@@ -308,6 +332,7 @@ func (t *inventory) addFile(e *Entry, ino *inode) error {
 		return fmt.Errorf("%s: the files are larger than %d bytes together", e.Path, int64(math.MaxInt64))
 	}
 	ino.size, ino.content = e.Size, e.Content
+	t.noteBase(e)
 	t.files++
 	t.bytes += e.Size
 	t.sizes.add(e.Size)
