@@ -79,6 +79,7 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 		},
 		AuthLogCallback: func(meta ssh.ConnMetadata, method string, err error) {
 			if err != nil && !errors.Is(err, ssh.ErrNoAuth) {
+				s.seen.authFailures.Inc()
 				c.log.Info("login refused", "user", short(meta.User()), "method", short(method), "err", err)
 			}
 		},

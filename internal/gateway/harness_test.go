@@ -28,6 +28,10 @@ import (
 
 func TestMain(m *testing.M) {
 	jail.ChildMain()
+	if len(os.Args) == 3 && os.Args[1] == dialArg {
+		dialStatus(os.Args[2])
+		return
+	}
 	os.Exit(m.Run())
 }
 
@@ -172,6 +176,7 @@ func launch(t testing.TB, o options) *job {
 		}},
 		ConfigFile: conf,
 		StateDir:   filepath.Join(dir, "state"),
+		RunDir:     filepath.Join(dir, "run"),
 		Listener:   l,
 		Log:        slog.New(slog.NewTextHandler(j.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}

@@ -21,6 +21,7 @@ const usage = `SSH server of an IMS customize job: root's shell, sftp and comman
 
 Usage:
   sshd [-f sshd_config] [-E logfile] [-p port] [-D] [-e] [-o Key=Value]... [IMAGE_ROOT_PARENT]
+  sshd status [--json] [--close ID]                      what the running gateway's users do
 
 It waits for IMAGE_ROOT_PARENT/ready, serves until the user creates the flag file complete
 or failed, ends all sessions and creates IMAGE_ROOT_PARENT/exiting. The flags lie in
@@ -109,6 +110,9 @@ func (f *flags) keyValues() []string {
 
 // Main runs the command line args of `sshd` and returns the exit status.
 func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	if len(args) > 0 && args[0] == "status" {
+		return statusMain(args[1:], DefaultRunDir, stdout, stderr)
+	}
 	f := newFlags()
 	if err := f.set.Parse(args); err != nil {
 		if errors.Is(err, pflag.ErrHelp) {

@@ -60,12 +60,17 @@ func (r recorderErr) Write(b []byte) (int, error) { r.add("err " + string(b)); r
 // ended is a process that has ended already.
 type ended struct{ exit jail.Exit }
 
+func (ended) PID() int                       { return 0 }
 func (ended) PTY() *os.File                  { return nil }
 func (ended) Resize(_, _, _, _ uint32) error { return nil }
 func (ended) Signal(unix.Signal) error       { return nil }
 func (p ended) Wait() jail.Exit              { return p.exit }
 func testConn(s *server) *conn               { return &conn{srv: s, log: s.log, sessions: map[*session]struct{}{}} }
-func quietServer() *server                   { return &server{log: slog.New(slog.DiscardHandler)} }
+func quietServer() *server {
+	s := &server{log: slog.New(slog.DiscardHandler)}
+	s.seen = newMetrics(s)
+	return s
+}
 
 // endedSession is a session whose command has ended with exit; stdout and stderr are the
 // ends the command, or what it left behind, writes to.

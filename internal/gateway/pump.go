@@ -34,7 +34,6 @@ type pump struct {
 	idle   atomic.Bool
 	done   atomic.Bool
 	events chan<- struct{} // capacity 1: idle or done became true
-	bytes  atomic.Int64
 }
 
 func newPump(r *os.File, w io.Writer, events chan<- struct{}) *pump {
@@ -75,7 +74,6 @@ func (p *pump) run() {
 			return false
 		})
 		if err == nil && n > 0 {
-			p.bytes.Add(int64(n))
 			_, err = p.w.Write((*buf)[:n])
 		}
 		if buf != nil {

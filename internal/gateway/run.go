@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -29,6 +30,7 @@ const DefaultStateDir = "/var/lib/ims-buildenv"
 type Config struct {
 	SSHD       config.SSHD
 	ConfigFile string         // sshd_config; empty: defaults
+	RunDir     string         // of the status socket; empty: DefaultRunDir
 	Options    []string       // Key=Value, before the file
 	StateDir   string         // empty: DefaultStateDir
 	Listener   net.Listener   // nil: as sshd_config says
@@ -82,6 +84,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	started = true
+	defer g.recorder.close()
 	return g.serve(ctx)
 }
 
@@ -157,6 +160,8 @@ type gate struct {
 	jail      *jail.Jail
 	srv       *server
 	listeners []net.Listener
+	recorder  *recordings
+	observers []io.Closer // status and metrics
 }
 
 // start brings everything up to a listening port, and takes it down again on error.
@@ -169,6 +174,11 @@ func (g *gate) start(ctx context.Context) (err error) {
 	n, err := checkKeys(g.set, g.log.Warn)
 	if err != nil {
 		return err
+	}
+	if g.set.RecordDirectory != "" {
+		if g.recorder, err = newRecordings(g.set.RecordDirectory, g.flags.Root, g.cfg.SSHD.JobID); err != nil {
+			return err
+		}
 	}
 	dir := g.cfg.StateDir
 	if dir == "" {
@@ -205,6 +215,11 @@ func (g *gate) start(ctx context.Context) (err error) {
 		}
 	}
 	if g.srv, err = newServer(g.set, g.jail, keys, config.Version, g.log); err != nil {
+		g.jail.Stop(ctx, 0)
+		return err
+	}
+	g.srv.recorder = g.recorder
+	if err := g.observe(); err != nil {
 		g.jail.Stop(ctx, 0)
 		return err
 	}
@@ -293,6 +308,9 @@ func (g *gate) closeListeners() {
 	for _, l := range g.listeners {
 		l.Close()
 	}
+	for _, o := range g.observers {
+		o.Close()
+	}
 }
 
 // serve waits for the end of the job and sees it through.
@@ -308,6 +326,9 @@ func (g *gate) serve(ctx context.Context) error {
 		case <-wait.Done():
 		}
 	}()
+	if g.set.AbandonTimeout > 0 {
+		go g.abandon(wait, script)
+	}
 	g.log.Info("waiting for the user", "success", g.flags.Path(signalfile.Complete), "failure", g.flags.Path(signalfile.Failed))
 	flag, err := g.flags.Wait(wait, g.log, signalfile.Failed, signalfile.Complete)
 	if err == nil {

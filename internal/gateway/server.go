@@ -4,7 +4,6 @@ package gateway
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -29,6 +28,9 @@ type server struct {
 	log  *slog.Logger
 	ssh  *gssh.Server
 	algs algorithms
+	seen *metrics
+
+	recorder *recordings // of terminals; nil: none
 
 	ids    atomic.Uint64
 	mu     sync.Mutex
@@ -43,6 +45,7 @@ type connKey struct{}
 
 func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version string, log *slog.Logger) (*server, error) {
 	s := &server{set: set, jail: j, log: log, conns: map[*conn]struct{}{}}
+	s.seen = newMetrics(s)
 	var err error
 	if s.algs, err = chooseAlgorithms(set); err != nil {
 		return nil, err
@@ -51,18 +54,13 @@ func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version 
 		Version: softwareVersion + " ims-buildenv_" + version,
 		ConnCallback: func(ctx gssh.Context, nc net.Conn) net.Conn {
 			ctx.SetValue(connKey{}, nc)
+			nc.(*conn).ctx = ctx
 			return nc
 		},
 		ServerConfigCallback: func(ctx gssh.Context) *ssh.ServerConfig {
 			return s.serverConfig(ctx.Value(connKey{}).(*conn))
 		},
-		ConnectionFailedCallback: func(_ net.Conn, err error) {
-			// The connection's own log line says why; it is written when it is gone.
-			var auth *ssh.ServerAuthError
-			if !errors.As(err, &auth) {
-				log.Debug("handshake failed", "err", err)
-			}
-		},
+		ConnectionFailedCallback: s.handshakeFailed,
 		ChannelHandlers: map[string]gssh.ChannelHandler{
 			"session":                        s.channel(s.serveSession),
 			"direct-tcpip":                   s.channel(s.refuseForward),
@@ -146,6 +144,7 @@ func (s *server) add(c *conn) {
 	if oldest != nil {
 		oldest.end("MaxStartups: too many connections that have not logged in")
 	}
+	s.seen.connections.Inc()
 	c.log.Debug("connection opened")
 }
 
@@ -166,11 +165,12 @@ func (s *server) forget(c *conn) {
 }
 
 func (s *server) remove(c *conn) {
-	c.end("the client closed the connection")
+	c.finish(c.cause())
 	close(c.gone)
 	s.mu.Lock()
 	delete(s.conns, c)
 	s.forget(c)
+	s.seen.closed(c)
 	s.mu.Unlock()
 	c.logEnd()
 }
@@ -231,6 +231,8 @@ type conn struct {
 	net.Conn
 	srv    *server
 	log    *slog.Logger
+	id     uint64
+	ctx    gssh.Context // of the SSH library, once it has the connection
 	opened time.Time
 	ids    atomic.Uint64 // of its sessions
 	alive  sync.Once     // starts keepAlive
@@ -252,12 +254,13 @@ type conn struct {
 	begun    int       // sessions it has had
 	noMore   bool      // the client promised to open no more sessions
 	lastEnd  time.Time // when its last session ended
-	reason   string    // who closed it and why; the first reason stays
+	by       closer    // who closed it, and
+	reason   string    // why; the first reason stays
 }
 
 func newConn(s *server, nc net.Conn) *conn {
-	c := &conn{Conn: nc, srv: s, opened: time.Now(), gone: make(chan struct{}), sessions: map[*session]struct{}{}}
-	c.log = s.log.With("conn", s.ids.Add(1), "peer", nc.RemoteAddr().String())
+	c := &conn{Conn: nc, srv: s, id: s.ids.Add(1), opened: time.Now(), gone: make(chan struct{}), sessions: map[*session]struct{}{}}
+	c.log = s.log.With("conn", c.id, "peer", nc.RemoteAddr().String())
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if d := s.set.LoginGraceTime; d > 0 {
@@ -292,16 +295,8 @@ func (c *conn) Write(b []byte) (int, error) {
 // which would cost a timer operation per packet; limits here are timers of our own.
 func (c *conn) SetDeadline(time.Time) error { return nil }
 
-// end closes the connection; the first caller's reason goes to the log.
-func (c *conn) end(why string) {
-	c.mu.Lock()
-	if c.reason == "" {
-		c.reason = why
-	}
-	c.stopGrace()
-	c.mu.Unlock()
-	c.Conn.Close()
-}
+// end closes the connection from our side; the first caller's reason goes to the log.
+func (c *conn) end(why string) { c.finish(byServer, why) }
 
 // stopGrace ends LoginGraceTime; the caller holds mu.
 func (c *conn) stopGrace() {
@@ -310,23 +305,13 @@ func (c *conn) stopGrace() {
 	}
 }
 
-func (c *conn) logEnd() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	level := slog.LevelInfo
-	if c.login == nil && c.reason == "the client closed the connection" {
-		level = slog.LevelDebug // port checks, mostly
-	}
-	c.log.Log(context.Background(), level, "connection closed", "why", c.reason, "authenticated", c.login != nil,
-		"seconds", int(time.Since(c.opened).Seconds()), "bytes_in", c.in.Load(), "bytes_out", c.out.Load())
-}
-
 // loggedIn records the completed login.
 func (c *conn) loggedIn(l *login, client string) {
 	c.mu.Lock()
 	c.login, c.client = l, client
 	c.stopGrace()
 	c.mu.Unlock()
+	c.srv.seen.logins.Inc()
 	c.srv.authenticated(c)
 }
 
@@ -390,6 +375,7 @@ func (c *conn) release(ss *session) {
 	if _, ok := c.sessions[ss]; ok {
 		delete(c.sessions, ss)
 		c.lastEnd = time.Now()
+		c.srv.seen.active.Store(c.lastEnd.UnixNano())
 	}
 }
 

@@ -36,11 +36,18 @@ type session struct {
 	forced   bool // by command= or ForceCommand: signals are refused, as in sshd
 	signals  chan unix.Signal
 
-	events chan struct{} // from the pumps
-	out    *screen       // the channel's standard output
+	events  chan struct{} // from the pumps
+	out     *screen       // the channel's standard output
+	id      uint64        // on its connection
+	opened  time.Time
+	traffic traffic
+
+	recording *recording // of the terminal; nil: none
 
 	mu          sync.Mutex
 	proc        process
+	kind        string     // of the command
+	command     string     // its text, cut; never logged
 	interactive bool       // a shell on a terminal: somebody looks at it
 	files       []*os.File // our ends; closed when the client is gone
 	pumps       []*pump
@@ -50,6 +57,7 @@ type session struct {
 // process is a command in the jail, *jail.Process.
 type process interface {
 	PTY() *os.File
+	PID() int
 	Resize(cols, rows, xpixel, ypixel uint32) error
 	Signal(unix.Signal) error
 	Wait() jail.Exit
@@ -93,11 +101,12 @@ func (s *server) serveSession(c *conn, sc *ssh.ServerConn, nc ssh.NewChannel) {
 		return
 	}
 	ss := &session{
-		c: c, login: l,
-		log:     c.log.With("session", c.ids.Add(1)),
+		c: c, login: l, id: c.ids.Add(1), opened: time.Now(),
 		events:  make(chan struct{}, 1),
 		signals: make(chan unix.Signal, 16),
 	}
+	ss.log = c.log.With("session", ss.id)
+	ss.traffic.touch()
 	if reason, err := c.acquire(ss); err != nil {
 		refuse(reason, err.Error())
 		return
@@ -107,7 +116,7 @@ func (s *server) serveSession(c *conn, sc *ssh.ServerConn, nc ssh.NewChannel) {
 	if err != nil {
 		return
 	}
-	ss.ch, ss.out = ch, &screen{w: ch}
+	ss.ch, ss.out = ch, &screen{w: ss.traffic.writer(ch)}
 	for req := range reqs {
 		ok, then := ss.request(req.Type, req.Payload)
 		// A reply that cannot be sent changes nothing: the command has been started, and a
@@ -189,6 +198,7 @@ func (ss *session) requestResize(payload []byte) error {
 		return errors.New("no terminal")
 	}
 	ss.tty.Cols, ss.tty.Rows, ss.tty.XPixel, ss.tty.YPixel = w.Cols, w.Rows, w.XPixel, w.YPixel
+	ss.recording.resize(w.Cols, w.Rows)
 	if p := ss.process(); p != nil {
 		return p.Resize(w.Cols, w.Rows, w.XPixel, w.YPixel)
 	}
@@ -355,22 +365,24 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 		}
 		return nil, err
 	}
-	kind := map[jail.Kind]string{jail.Shell: "shell", jail.Exec: "exec", jail.SFTP: "sftp"}[req.Kind]
+	kind := kinds[req.Kind]
+	ss.c.srv.seen.sessions.WithLabelValues(kind).Inc()
 	ss.log = ss.log.With("kind", kind, "pty", req.TTY != nil)
 	ss.log.Info("session started", "forced", ss.forced, "command_bytes", len(req.Command))
 	var stdin *os.File
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	ss.proc = proc
+	ss.proc, ss.kind, ss.command = proc, kind, cut(req.Command, shownCommand)
 	ss.interactive = req.Kind == jail.Shell && req.TTY != nil
 	if req.TTY != nil {
 		stdin = proc.PTY()
 		ss.files = []*os.File{stdin}
+		ss.record(req.TTY)
 		ss.pumps = []*pump{newPump(stdin, ss.out, ss.events)}
 	} else {
 		stdin = ours[0]
 		ss.files = ours
-		ss.pumps = []*pump{newPump(ours[1], ss.out, ss.events), newPump(ours[2], ss.ch.Stderr(), ss.events)}
+		ss.pumps = []*pump{newPump(ours[1], ss.out, ss.events), newPump(ours[2], ss.traffic.writer(ss.ch.Stderr()), ss.events)}
 	}
 	return func() { ss.run(proc, stdin, req.TTY != nil) }, nil
 }
@@ -395,7 +407,7 @@ func (ss *session) run(proc process, stdin *os.File, tty bool) {
 	}
 	go func() {
 		defer ss.c.guard("session input")
-		feed(stdin, ss.ch, func() {
+		feed(stdin, ss.traffic.reader(ss.ch), func() {
 			if ss.c.isOpenSSH() { // the command does not read any more: no need to send
 				ss.ch.SendRequest("eow@openssh.com", false, nil)
 			}
@@ -464,17 +476,18 @@ func (ss *session) wait(proc process, stdin *os.File, tty bool) {
 		ss.sendExit(exit)
 	}
 	ss.ch.CloseWrite()
-	var sent int64
-	for _, p := range ss.pumps {
-		sent += p.bytes.Load()
+	took := time.Since(began)
+	if ss.kind == kinds[jail.Exec] {
+		ss.c.srv.seen.duration.Observe(took.Seconds())
 	}
-	attrs := []any{"code", exit.Code, "bytes_out", sent, "ms", time.Since(began).Milliseconds()}
+	attrs := []any{"code", exit.Code, "bytes_in", ss.traffic.in.Load(), "bytes_out", ss.traffic.out.Load(), "ms", took.Milliseconds()}
 	if exit.Signal != 0 {
 		attrs = append(attrs, "signal", signalName(exit.Signal), "core", exit.Core)
 	}
 	if exit.Err != nil {
 		attrs = append(attrs, "err", exit.Err)
 	}
+	ss.recording.stop()
 	ss.log.Info("session ended", attrs...)
 	// The slot is free before the client can know that the channel is closed.
 	ss.c.release(ss)

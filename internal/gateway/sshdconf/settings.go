@@ -70,6 +70,11 @@ type Settings struct {
 	PubkeyAlgorithms    string
 	RequiredRSASize     int // bits
 
+	// Of this server alone, see below.
+	MetricsListen   string // address; empty: no metrics
+	RecordDirectory string // path; empty: no recordings
+	AbandonTimeout  time.Duration
+
 	// Ignored are the keywords that were understood and have no effect here.
 	Ignored []string
 }
@@ -212,8 +217,21 @@ func refuse(neutral, instead string) func([]string) (func(*Settings), error) {
 }
 
 // keywords holds every keyword of sshd_config(5) of OpenSSH 9.x in lower case; those with
-// a nil parse are accepted and have no effect.
+// a nil parse are accepted and have no effect. The first three are this server's own.
 var keywords = map[string]keyword{
+	"metricslisten": {parse: func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		if err != nil {
+			return nil, err
+		}
+		if _, _, err := net.SplitHostPort(a); err != nil {
+			return nil, fmt.Errorf("%w: want ADDRESS:PORT, such as 127.0.0.1:9100", err)
+		}
+		return func(s *Settings) { s.MetricsListen = a }, nil
+	}},
+	"recorddirectory": {parse: path(func(s *Settings) *string { return &s.RecordDirectory })},
+	"abandontimeout":  {parse: duration(func(s *Settings) *time.Duration { return &s.AbandonTimeout })},
+
 	"port": {list: true, parse: func(args []string) (func(*Settings), error) {
 		a, err := one(args)
 		if err != nil {
