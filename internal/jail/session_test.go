@@ -78,37 +78,6 @@ func TestEnvironment(t *testing.T) {
 	})
 }
 
-// TestNeutralParent promises that nothing of the gateway's own process state reaches a session.
-func TestNeutralParent(t *testing.T) {
-	eachLevel(t, func(t *testing.T, level Level) {
-		if level == Chroot {
-			t.Skip("no /proc to look at; the code is the same")
-		}
-		// A file that was leaked to this process, and a signal it ignores.
-		leak, err := unix.Open("/etc", unix.O_RDONLY, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer unix.Close(leak)
-		j := startJail(t, Config{Root: newRoot(t), Level: level})
-		status := output(t, j, "grep -E '^(SigBlk|SigIgn|CapInh|CapAmb)' /proc/self/status")
-		for line := range strings.Lines(status) {
-			if f := strings.Fields(line); f[1] != "0000000000000000" {
-				t.Errorf("session starts with %s", line)
-			}
-		}
-		if fds := output(t, j, "ls /proc/self/fd"); fds != "0\n1\n2\n3" { // 3 is the listing itself
-			t.Errorf("open descriptors: %q", fds)
-		}
-		if adj := output(t, j, "cat /proc/self/oom_score_adj"); strings.HasPrefix(adj, "-") {
-			t.Errorf("oom_score_adj %s", adj)
-		}
-		if session := output(t, j, "read -r pid name state ppid pgrp session rest < /proc/self/stat; test $pid = $session && echo own"); session != "own" {
-			t.Errorf("no session of its own")
-		}
-	})
-}
-
 func TestShellLookup(t *testing.T) {
 	eachLevel(t, func(t *testing.T, level Level) {
 		if level == Plain {
