@@ -32,6 +32,7 @@ type Entry struct {
 	Link LinkID
 
 	Size         int64   // regular files
+	Holes        int64   // of Size, as far as it is known; only for guessing the image's length
 	Content      Content // regular files
 	Target       string  // symlinks
 	Major, Minor uint32  // devices

@@ -201,6 +201,7 @@ func (s *dirSource) fill(e *Entry, dirFD int, name string, st *unix.Statx_t) err
 			return fmt.Errorf("%s: size %d is out of range", e.Path, st.Size)
 		}
 		e.Size = int64(st.Size)
+		e.Holes = max(e.Size-int64(st.Blocks)*512, 0)
 	case unix.S_IFLNK:
 		if e.Target, err = readlinkAt(dirFD, name); err != nil {
 			return vanished("readlink", e.Path, err)

@@ -343,18 +343,32 @@ func TestDirSourceOverlay(t *testing.T) {
 	}
 }
 
-// A volume that fills up: nothing is left on it.
+// A volume that fills up, or must fill up: nothing is left on it, and an older
+// image stays.
 func TestPackFileVolumeFull(t *testing.T) {
 	testkit.NeedRoot(t)
 	dir, volume := plainTree(t), t.TempDir()
+	treekit.Make(t, dir, "data large 0644 40000000 zero")
 	mounted(t, "-t", "tmpfs", "-o", "size=1m", "none", volume)
-	_, err := PackFile(t.Context(), dirSourceOf(t, dir, DirOptions{}), filepath.Join(volume, "image.sqsh"), Options{})
-	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "the image needs about") {
-		t.Errorf("error %v", err)
+	path := filepath.Join(volume, "image.sqsh")
+	treekit.Make(t, volume, "file image.sqsh 0644 old")
+	pack := func(want string) {
+		t.Helper()
+		_, err := PackFile(t.Context(), dirSourceOf(t, dir, DirOptions{}), path, Options{})
+		if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), want) {
+			t.Errorf("error %v", err)
+		}
+		left, err := os.ReadDir(volume)
+		old, _ := os.ReadFile(path)
+		if err != nil || len(left) != 1 || string(old) != "old" {
+			t.Errorf("left on the volume: %v, %v, an image %q", left, err, old)
+		}
 	}
-	if left, err := os.ReadDir(volume); err != nil || len(left) > 0 {
-		t.Errorf("left on the volume: %v, %v", left, err)
+	pack("bytes are needed, the volume has 1044480 left for an image of")
+	if err := os.Truncate(filepath.Join(dir, "large"), 0); err != nil {
+		t.Fatal(err)
 	}
+	pack("the image needs about")
 }
 
 // Directories are held open on the way down, and closed.

@@ -234,7 +234,7 @@ func (s *tarSource) add(ctx context.Context, h *tar.Header, tr io.Reader, in io.
 		if ino.content, err = s.keep(ctx, h, tr, in); err != nil {
 			return err
 		}
-		ino.entry.Size, ino.entry.Content = h.Size, ino.content
+		ino.entry.Size, ino.entry.Holes, ino.entry.Content = h.Size, ino.content.holes(), ino.content
 	}
 	return dir.put(name, ino)
 }

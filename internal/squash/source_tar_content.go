@@ -30,6 +30,15 @@ type tarPiece struct {
 	pos    int64
 }
 
+// holes is how many bytes are in no piece.
+func (c *tarContent) holes() int64 {
+	n := c.size
+	for _, p := range c.pieces {
+		n -= p.n
+	}
+	return n
+}
+
 // keep notes where a file's content is, or brings it to where it can be read
 // again.
 func (s *tarSource) keep(ctx context.Context, h *tar.Header, tr, in io.Reader) (*tarContent, error) {

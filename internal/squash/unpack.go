@@ -72,12 +72,15 @@ func Unpack(ctx context.Context, img *Image, dir string, opt UnpackOptions) (Unp
 		return UnpackStats{}, fmt.Errorf("unpack to %s: %w", dir, err)
 	}
 	defer root.Close()
+	if err := checkRoom(root, stats.Written, stats.Files+stats.Dirs+stats.Symlinks+stats.Specials-1); err != nil {
+		return UnpackStats{}, fmt.Errorf("unpack to %s: %w: free space, or unpack to another volume; nothing was written", dir, err)
+	}
 	u := &unpacker{img: img, opt: opt, target: dir, total: stats.Written, dirs: newDirFDs(int(root.Fd())), open: map[*fileTask]struct{}{}}
 	defer u.dirs.close()
 	err = u.run(ctx)
 	u.closeFiles()
 	if err != nil {
-		return UnpackStats{}, fmt.Errorf("unpack to %s: %w; it is left incomplete after %d of %d bytes", dir, err, u.done.Load(), u.total)
+		return UnpackStats{}, fmt.Errorf("unpack to %s: %w; it stopped after %d of %d bytes", dir, err, u.done.Load(), u.total)
 	}
 	if opt.Progress != nil {
 		opt.Progress(u.total, u.total)

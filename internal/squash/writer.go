@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -59,6 +60,9 @@ func (w *writer) run(ctx context.Context, src Source) error {
 	if err := w.tree.scan(ctx, src); err != nil {
 		return err
 	}
+	if err := w.checkRoom(); err != nil {
+		return err
+	}
 	w.out.total = w.tree.bytes
 	w.refs = make([]inodeRef, w.tree.inodes)
 	if err := w.plan(ctx); err != nil {
@@ -84,6 +88,19 @@ func (w *writer) begin() (hasOptions bool, err error) {
 		return false, err
 	}
 	return len(options) > 0, w.out.write(options)
+}
+
+// checkRoom fails when the image cannot fit its volume, however well the files
+// compress and however many of them are the same.
+func (w *writer) checkRoom() error {
+	f, ok := w.out.w.(*os.File)
+	if !ok {
+		return nil
+	}
+	if err := checkRoom(f, w.tree.data/leastShare, 0); err != nil {
+		return fmt.Errorf("%w for an image of %d bytes of files: free space, or write the image to another volume", err, w.tree.data)
+	}
+	return nil
 }
 
 // options returns the compressor options' metadata block, or nothing.

@@ -60,6 +60,7 @@ type inventory struct {
 	inodes    int64
 	files     int64
 	bytes     int64 // content of all files
+	data      int64 // what of it is not known to be holes
 	sizes     sizeSet
 	ids       idTable
 	xattrs    *xattrTable
@@ -335,6 +336,7 @@ func (t *inventory) addFile(e *Entry, ino *inode) error {
 	t.noteBase(e)
 	t.files++
 	t.bytes += e.Size
+	t.data += e.Size - min(max(e.Holes, 0), e.Size)
 	t.sizes.add(e.Size)
 	return nil
 }
