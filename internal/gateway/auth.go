@@ -28,9 +28,20 @@ const user = "root"
 // maxKeysFile bounds an authorized_keys file.
 const maxKeysFile = 4 << 20
 
-// login is a proven identity: the line of authorized_keys whose key signed.
+// login is a proven identity: the key that signed, with what the line of authorized_keys and
+// the certificate permit it together.
 type login struct {
-	key *authkeys.Key
+	key  *authkeys.Key
+	cert *ssh.Certificate // nil for a plain key
+}
+
+// attrs describe the identity in the log.
+func (l *login) attrs() []any {
+	a := []any{"key", l.key.Fingerprint(), "comment", l.key.Comment, "line", l.key.Line}
+	if l.cert != nil {
+		a = append(a, "cert", short(l.cert.KeyId), "serial", l.cert.Serial, "ca", ssh.FingerprintSHA256(l.cert.SignatureKey))
+	}
+	return a
 }
 
 // loginKey is where Permissions.ExtraData holds the *login.
@@ -60,7 +71,7 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 				return nil, err
 			}
 			perms := &ssh.Permissions{}
-			if l.key.NoTouchRequired {
+			if l.key.NoTouchRequired && !s.set.TouchRequired {
 				perms.Extensions = map[string]string{"no-touch-required": ""}
 			}
 			return perms, nil
@@ -69,12 +80,14 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 		// this very attempt. The file is read again: what it says now counts.
 		VerifiedPublicKeyCallback: func(meta ssh.ConnMetadata, key ssh.PublicKey, _ *ssh.Permissions, alg string) (*ssh.Permissions, error) {
 			l, err := s.authorize(c, meta, key)
+			if err == nil && !s.algs.accepts(key, alg) {
+				err = fmt.Errorf("%w: %s is not in PubkeyAcceptedAlgorithms", errDenied, alg)
+			}
 			if err != nil {
 				return nil, err
 			}
 			c.loggedIn(l, string(meta.ClientVersion()))
-			c.log.Info("login", "user", meta.User(), "key", l.key.Fingerprint(), "comment", l.key.Comment,
-				"algorithm", alg, "line", l.key.Line, "client", short(string(meta.ClientVersion())))
+			c.log.Info("login", append([]any{"user", meta.User(), "algorithm", alg, "client", short(string(meta.ClientVersion()))}, l.attrs()...)...)
 			return &ssh.Permissions{ExtraData: map[any]any{loginKey{}: l}}, nil
 		},
 		AuthLogCallback: func(meta ssh.ConnMetadata, method string, err error) {
@@ -116,6 +129,9 @@ func (s *server) authorize(c *conn, meta ssh.ConnMetadata, key ssh.PublicKey) (*
 	if err := userAllowed(s.set, addr); err != nil {
 		return nil, err
 	}
+	if err := checkRevoked(s.set, key); err != nil {
+		return nil, fmt.Errorf("%w: %w", errDenied, err)
+	}
 	keys, bad, err := readKeys(s.set)
 	if err != nil {
 		c.log.Error("authorized_keys", "err", err)
@@ -123,16 +139,24 @@ func (s *server) authorize(c *conn, meta ssh.ConnMetadata, key ssh.PublicKey) (*
 	for _, b := range bad {
 		c.log.Debug("authorized_keys line ignored", "err", b)
 	}
-	k, err := authkeys.Find(keys, key, addr, time.Now())
+	var k *authkeys.Key
+	who := key
+	cert, certified := key.(*ssh.Certificate)
+	if certified {
+		who = cert.SignatureKey
+		k, err = authorizeCert(s.set, s.algs.ca, keys, authkeys.Certified{Certificate: cert, Addr: addr, Now: time.Now(), MinRSA: s.set.RequiredRSASize})
+	} else {
+		k, err = authkeys.Find(keys, key, addr, time.Now())
+	}
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", errDenied, err)
 	case k == nil:
-		return nil, fmt.Errorf("%w: key %s is not in %s", errDenied, ssh.FingerprintSHA256(key), strings.Join(s.set.AuthorizedKeysFiles, " "))
+		return nil, fmt.Errorf("%w: key %s is not in %s", errDenied, ssh.FingerprintSHA256(who), strings.Join(s.set.AuthorizedKeysFiles, " "))
 	case s.set.PermitRootLogin == sshdconf.RootForcedCommandsOnly && !k.Forced && s.set.ForceCommand == "":
 		return nil, fmt.Errorf("%w: PermitRootLogin forced-commands-only, and the key has no command=", errDenied)
 	}
-	return &login{key: k}, nil
+	return &login{k, cert}, nil
 }
 
 // userAllowed applies PermitRootLogin, PubkeyAuthentication and the Allow and Deny lists,
@@ -169,10 +193,7 @@ func readKeys(set *sshdconf.Settings) (keys []authkeys.Key, bad []*authkeys.Line
 		if strings.EqualFold(f, "none") {
 			continue
 		}
-		f = strings.NewReplacer("%%", "%", "%h", "/root", "%u", user, "%U", "0").Replace(f)
-		if !filepath.IsAbs(f) {
-			f = filepath.Join("/root", f)
-		}
+		f = expand(f)
 		text, rerr := readBounded(f, maxKeysFile)
 		if rerr != nil {
 			if !errors.Is(rerr, fs.ErrNotExist) {
@@ -184,6 +205,15 @@ func readKeys(set *sshdconf.Settings) (keys []authkeys.Key, bad []*authkeys.Line
 		keys, bad = append(keys, k...), append(bad, b...)
 	}
 	return keys, bad, err
+}
+
+// expand replaces the tokens in the name of a user's file, which is relative to root's home.
+func expand(f string) string {
+	f = strings.NewReplacer("%%", "%", "%h", "/root", "%u", user, "%U", "0").Replace(f)
+	if !filepath.IsAbs(f) {
+		f = filepath.Join("/root", f)
+	}
+	return f
 }
 
 // checkKeys fails when nobody could ever log in.
@@ -198,7 +228,10 @@ func checkKeys(set *sshdconf.Settings, warn func(msg string, args ...any)) (int,
 	if err != nil {
 		return 0, fmt.Errorf("authorized_keys: %w", err)
 	}
-	if len(keys) == 0 {
+	if err := checkCertFiles(set); err != nil {
+		return 0, err
+	}
+	if len(keys) == 0 && set.TrustedUserCAKeys == "" {
 		return 0, fmt.Errorf("no usable key in %s (%d lines ignored): nobody could log in; put a public key there",
 			strings.Join(set.AuthorizedKeysFiles, " "), len(bad))
 	}
@@ -234,58 +267,4 @@ func peerAddr(a net.Addr) netip.Addr {
 		return t.AddrPort().Addr().Unmap()
 	}
 	return netip.Addr{}
-}
-
-// algorithms are the lists the server offers.
-type algorithms struct{ kex, ciphers, macs, pubkeys []string }
-
-// chooseAlgorithms offers what the SSH library holds secure, less HMAC-SHA1, changed by
-// the lists in sshd_config.
-func chooseAlgorithms(set *sshdconf.Settings) (a algorithms, err error) {
-	sup := ssh.SupportedAlgorithms()
-	macs := slices.DeleteFunc(slices.Clone(sup.MACs), func(m string) bool { return m == ssh.HMACSHA1 })
-	for _, l := range []struct {
-		name, want string
-		base, all  []string
-		to         *[]string
-	}{
-		{"KexAlgorithms", set.KexAlgorithms, sup.KeyExchanges, sup.KeyExchanges, &a.kex},
-		{"Ciphers", set.Ciphers, sup.Ciphers, sup.Ciphers, &a.ciphers},
-		{"MACs", set.MACs, macs, sup.MACs, &a.macs},
-		{"PubkeyAcceptedAlgorithms", set.PubkeyAlgorithms, sup.PublicKeyAuths, sup.PublicKeyAuths, &a.pubkeys},
-	} {
-		*l.to = selectAlgorithms(l.want, l.base, l.all)
-		if len(*l.to) == 0 {
-			return a, fmt.Errorf("sshd_config: %s %s leaves nothing this server has; it has %s", l.name, l.want, strings.Join(l.all, ","))
-		}
-	}
-	return a, nil
-}
-
-// selectAlgorithms reads a list as sshd_config(5) does: a plain list replaces base, +
-// appends, ^ puts in front, - removes. Names this server does not have are left out.
-func selectAlgorithms(want string, base, all []string) []string {
-	if want == "" {
-		return base
-	}
-	op := want[0]
-	list := strings.TrimLeft(want, "+-^")
-	var hit []string
-	for p := range strings.SplitSeq(list, ",") {
-		for _, a := range all {
-			if sshdconf.MatchList(a, p) && !slices.Contains(hit, a) {
-				hit = append(hit, a)
-			}
-		}
-	}
-	rest := slices.DeleteFunc(slices.Clone(base), func(a string) bool { return slices.Contains(hit, a) })
-	switch op {
-	case '-':
-		return rest
-	case '+':
-		return append(rest, hit...)
-	case '^':
-		return append(hit, rest...)
-	}
-	return hit
 }

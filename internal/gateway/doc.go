@@ -20,6 +20,7 @@
 //     soon as what the command itself wrote has been sent, and the channel stays open.
 //   - Payloads, environments and keystrokes are never logged.
 //
-// Refused: passwords, users other than root, certificates, X11. Refused with a reason the
+// Refused: passwords, users other than root, certificates and keys that demand that the
+// authenticator verified its user (the SSH library does not tell), X11. Refused with a reason the
 // client shows: agent, TCP and Unix socket forwarding.
 package gateway

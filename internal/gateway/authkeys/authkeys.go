@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package authkeys reads authorized_keys files with their options (sshd(8), AUTHORIZED_KEYS
-// FILE FORMAT; auth-options.c of OpenSSH 9.x) and decides whether a line lets a peer in.
+// FILE FORMAT; auth-options.c of OpenSSH 9.x) and decides whether a line lets a peer in, with
+// a key or with a user certificate.
 //
 // A line that is malformed, has an option that OpenSSH does not know, or has one that this
-// server cannot enforce (cert-authority, principals=, verify-required, tunnel=) admits
-// nobody: it is left out and reported, and the other lines count.
+// server cannot enforce (verify-required, tunnel=) admits nobody: it is left out and
+// reported, and the other lines count. A certificate with a critical option that is not
+// enforced here admits nobody either. Refused as a whole: a RevokedKeys file that is not a
+// list of public keys.
 package authkeys
 
 import (
@@ -41,6 +44,9 @@ type Key struct {
 	PermitOpen      []string // permitopen=, host:port
 	PermitListen    []string // permitlisten=, [host:]port
 	NoTouchRequired bool     // of a FIDO key
+
+	CertAuthority bool     // cert-authority: Public signs certificates and does not log in
+	Principals    []string // principals=; nil: the name of the user
 }
 
 // Fingerprint is the SHA256 fingerprint as ssh-keygen -l prints it.
@@ -89,12 +95,22 @@ func parseLine(line []byte, minRSA int) (Key, error) {
 		return Key{}, err
 	}
 	k := Key{Public: pub, Comment: comment, PTY: true, PortForwarding: true, AgentForwarding: true}
-	for _, o := range options {
-		if err := k.option(o); err != nil {
-			return Key{}, err
-		}
+	if err := k.options(options); err != nil {
+		return Key{}, err
+	}
+	if k.Principals != nil && !k.CertAuthority {
+		return Key{}, errors.New("principals= without cert-authority")
 	}
 	return k, nil
+}
+
+func (k *Key) options(list []string) error {
+	for _, o := range list {
+		if err := k.option(o); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // usable refuses the kinds of keys that cannot pass an authentication here, so that a file
@@ -111,7 +127,7 @@ func usable(pub ssh.PublicKey, minRSA int) error {
 		}
 	}
 	if _, ok := pub.(*ssh.Certificate); ok {
-		return errors.New("a certificate cannot stand in authorized_keys; give the plain public key")
+		return errors.New("a certificate stands in place of a public key")
 	}
 	return nil
 }
@@ -132,15 +148,18 @@ func (k *Key) option(o string) error {
 			return nil
 		case "x11-forwarding", "no-x11-forwarding", "user-rc", "no-user-rc", "no-verify-required":
 			return nil // this server has neither X11 forwarding nor ~/.ssh/rc
-		case "cert-authority", "verify-required":
+		case "cert-authority":
+			k.CertAuthority = true
+			return nil
+		case "verify-required":
 			return fmt.Errorf("option %q is not supported by this server", name)
 		}
 		return fmt.Errorf("unknown key option %q", o)
 	}
 	switch name {
-	case "principals", "tunnel":
+	case "tunnel":
 		return fmt.Errorf("option %q is not supported by this server", name)
-	case "command", "environment", "from", "expiry-time", "permitopen", "permitlisten":
+	case "command", "environment", "from", "expiry-time", "permitopen", "permitlisten", "principals":
 	default:
 		return fmt.Errorf("unknown key option %q", name)
 	}
@@ -205,6 +224,11 @@ func (k *Key) value(name, v string) error {
 			return fmt.Errorf("invalid permitopen %q: want host:port", v)
 		}
 		k.PermitOpen = append(k.PermitOpen, v)
+	case "principals":
+		if k.Principals != nil {
+			return errors.New("multiple principals= options")
+		}
+		k.Principals = slices.DeleteFunc(strings.Split(v, ","), func(p string) bool { return p == "" })
 	case "permitlisten":
 		k.PermitListen = append(k.PermitListen, v)
 	}
@@ -305,7 +329,7 @@ func Find(keys []Key, pub ssh.PublicKey, addr netip.Addr, now time.Time) (*Key, 
 	wire := pub.Marshal()
 	var why error
 	for i := range keys {
-		if !bytes.Equal(keys[i].Public.Marshal(), wire) {
+		if keys[i].CertAuthority || !bytes.Equal(keys[i].Public.Marshal(), wire) {
 			continue
 		}
 		err := keys[i].Admits(addr, now)

@@ -115,6 +115,8 @@ func TestOptions(t *testing.T) {
 		{`expiry-time="20300101Z"`, func(k Key) bool { return k.Expires.Equal(time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)) }},
 		{`expiry-time="203001011530",expiry-time="20290101Z"`, func(k Key) bool { return k.Expires.Year() == 2029 }},
 		{`permitopen="h:1",permitopen="h:2",permitlisten="8080"`, func(k Key) bool { return len(k.PermitOpen) == 2 && len(k.PermitListen) == 1 }},
+		{`cert-authority,principals="x,y"`, func(k Key) bool { return k.CertAuthority && reflect.DeepEqual(k.Principals, []string{"x", "y"}) }},
+		{`cert-authority,principals=""`, func(k Key) bool { return k.Principals != nil && len(k.Principals) == 0 }},
 		{"no-touch-required", func(k Key) bool { return k.NoTouchRequired }},
 	} {
 		k, err := line(tt.opts)
@@ -124,7 +126,7 @@ func TestOptions(t *testing.T) {
 	}
 	for _, opts := range []string{
 		"no-pty,frobnicate", `command="a",command="b"`, `command=a`, `command="a`, `from="10.0.0.1/8"`, `from=""`, `from="a",from="b"`,
-		`environment="A"`, `environment="A B=1"`, `expiry-time="tomorrow"`, `expiry-time="20301301"`, "cert-authority", `principals="x"`,
+		`environment="A"`, `environment="A B=1"`, `expiry-time="tomorrow"`, `expiry-time="20301301"`, `principals="x"`, `cert-authority,principals="x",principals="y"`,
 		"verify-required", `tunnel="0"`, `permitopen="h"`, `pty="yes"`, "command",
 	} {
 		if k, err := line(opts); err == nil {
@@ -183,12 +185,43 @@ func TestFind(t *testing.T) {
 	}
 }
 
+func TestPrincipals(t *testing.T) {
+	lines, bad := ParsePrincipals("p", []byte("# who\n\n admin \ncommand=\"a, \\\"b\\\"\",no-pty\tguest # x\nnonsense x\ncert-authority y\n"))
+	if len(lines) != 2 || lines[0].Principals[0] != "admin" || !lines[0].PTY || lines[0].Line != 3 {
+		t.Errorf("%+v", lines)
+	}
+	if k := lines[1]; k.Principals[0] != "guest" || k.Command != `a, "b"` || k.PTY {
+		t.Errorf("%+v", k)
+	}
+	if len(bad) != 2 || bad[0].Line != 5 || bad[1].Line != 6 {
+		t.Errorf("%v", bad)
+	}
+}
+
+func TestMatchBlocks(t *testing.T) {
+	for _, tt := range []struct {
+		list      string
+		found, ok bool
+	}{
+		{"192.0.2.0/24", true, true}, {"10.0.0.0/8,192.0.2.7", true, true}, {"192.0.2.8", false, true}, {"::ffff:192.0.2.7", true, true},
+		{"2001:db8::/32", false, true}, {"", false, false}, {"192.0.2.7,x", true, false}, {"192.0.2.7/24", false, false}, {"!192.0.2.7", false, false},
+	} {
+		found, err := matchBlocks(netip.MustParseAddr("::ffff:192.0.2.7"), tt.list)
+		if (err == nil) != tt.ok || err == nil && found != tt.found {
+			t.Errorf("%q: %v, %v", tt.list, found, err)
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAINCeZDQLaBMW8N886VRM7iZtzSAxrzbELJgtGZfvdWsS lab"
 	f.Add([]byte(key))
 	f.Add([]byte(`command="a \"b\"",from="10.0.0.0/8,!x*",environment="A=1",restrict,pty,expiry-time="20300101" ` + key))
 	f.Add([]byte("cert-authority,principals=\"x\" " + key + "\r\n#\n\n\"\n"))
 	f.Fuzz(func(t *testing.T, text []byte) {
+		if lines, bad := ParsePrincipals("p", text); len(lines)+len(bad) > strings.Count(string(text), "\n")+1 {
+			t.Fatalf("%d principals and %d errors", len(lines), len(bad))
+		}
 		keys, bad := Parse("ak", text, 1024)
 		if n := strings.Count(string(text), "\n") + 1; len(keys)+len(bad) > n {
 			t.Fatalf("%d keys and %d errors from %d lines", len(keys), len(bad), n)

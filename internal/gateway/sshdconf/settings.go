@@ -40,6 +40,11 @@ type Settings struct {
 	PermitRootLogin     RootLogin
 	PubkeyAuth          bool
 	AuthorizedKeysFiles []string
+	TrustedUserCAKeys   string // path
+	PrincipalsFile      string // AuthorizedPrincipalsFile, a path
+	RevokedKeys         string // path
+	CAAlgorithms        string // CASignatureAlgorithms
+	TouchRequired       bool   // PubkeyAuthOptions touch-required
 	AllowUsers          []string
 	DenyUsers           []string
 	AllowGroups         []string
@@ -264,8 +269,26 @@ var keywords = map[string]keyword{
 		v := map[string]RootLogin{"no": RootNo, "forced-commands-only": RootForcedCommandsOnly}[a]
 		return func(s *Settings) { s.PermitRootLogin = v }, err
 	}},
-	"pubkeyauthentication":  {match: true, parse: yesno(func(s *Settings) *bool { return &s.PubkeyAuth })},
-	"authorizedkeysfile":    {match: true, parse: replace(func(s *Settings) *[]string { return &s.AuthorizedKeysFiles })},
+	"pubkeyauthentication":     {match: true, parse: yesno(func(s *Settings) *bool { return &s.PubkeyAuth })},
+	"authorizedkeysfile":       {match: true, parse: replace(func(s *Settings) *[]string { return &s.AuthorizedKeysFiles })},
+	"trustedusercakeys":        {match: true, parse: path(func(s *Settings) *string { return &s.TrustedUserCAKeys })},
+	"authorizedprincipalsfile": {match: true, parse: path(func(s *Settings) *string { return &s.PrincipalsFile })},
+	"revokedkeys":              {match: true, parse: path(func(s *Settings) *string { return &s.RevokedKeys })},
+	"casignaturealgorithms":    {match: true, parse: text(func(s *Settings) *string { return &s.CAAlgorithms })},
+	"pubkeyauthoptions": {match: true, parse: func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		touch := false
+		for o := range strings.SplitSeq(strings.ToLower(a), ",") {
+			switch o {
+			case "none":
+			case "touch-required":
+				touch = true
+			default:
+				return nil, errors.Join(err, fmt.Errorf("%q is not supported by this server, which cannot see whether the user was verified", o))
+			}
+		}
+		return func(s *Settings) { s.TouchRequired = touch }, err
+	}},
 	"allowusers":            {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.AllowUsers })},
 	"denyusers":             {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.DenyUsers })},
 	"allowgroups":           {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.AllowGroups })},
@@ -327,9 +350,8 @@ var keywords = map[string]keyword{
 		return func(*Settings) {}, nil
 	}},
 	// Ignoring these would let somebody in whom the file keeps out.
-	"revokedkeys":       {match: true, parse: refuse("none", "remove the keys from the authorized_keys file")},
-	"refuseconnection":  {match: true, parse: refuse("no", "use DenyUsers")},
-	"pubkeyauthoptions": {match: true, parse: refuse("none", "touch is required anyway; verify-required cannot be checked")},
+	"refuseconnection":            {match: true, parse: refuse("no", "use DenyUsers")},
+	"authorizedprincipalscommand": {match: true, parse: refuse("none", "use AuthorizedPrincipalsFile")},
 
 	"match":   {match: true},
 	"include": {match: true},
@@ -337,10 +359,7 @@ var keywords = map[string]keyword{
 	// Without effect here. True: allowed in a Match block (SSHCFG_ALL in servconf.c).
 	"authorizedkeyscommand":           {match: true},
 	"authorizedkeyscommanduser":       {match: true},
-	"authorizedprincipalscommand":     {match: true},
 	"authorizedprincipalscommanduser": {match: true},
-	"authorizedprincipalsfile":        {match: true},
-	"casignaturealgorithms":           {match: true},
 	"challengeresponseauthentication": {match: true},
 	"channeltimeout":                  {match: true},
 	"checkmail":                       {},
@@ -394,7 +413,6 @@ var keywords = map[string]keyword{
 	"streamlocalbindunlink":           {match: true},
 	"strictmodes":                     {},
 	"syslogfacility":                  {},
-	"trustedusercakeys":               {match: true},
 	"unusedconnectiontimeout":         {match: true},
 	"usedns":                          {},
 	"uselogin":                        {},

@@ -9,7 +9,7 @@
 // bad value, extra arguments, unbalanced quotes. A keyword of OpenSSH that has no meaning
 // for this server is accepted and reported in [Settings.Ignored]. Of Match it evaluates
 // all, user and group, because the only user is root; a block that depends on the peer or
-// the port is refused rather than half honoured, and so is RevokedKeys.
+// the port is refused rather than half honoured.
 package sshdconf
 
 import (

@@ -71,6 +71,8 @@ func TestSyntax(t *testing.T) {
 		{"yes without case", "PermitTTY NO", func(s *Settings) any { return s.PermitTTY }, false},
 		{"prohibit-password is yes here", "PermitRootLogin prohibit-password", func(s *Settings) any { return s.PermitRootLogin }, RootYes},
 		{"forced only", "PermitRootLogin forced-commands-only", func(s *Settings) any { return s.PermitRootLogin }, RootForcedCommandsOnly},
+		{"touch required", "PubkeyAuthOptions touch-required", func(s *Settings) any { return s.TouchRequired }, true},
+		{"no CA", "TrustedUserCAKeys none", func(s *Settings) any { return s.TrustedUserCAKeys }, ""},
 		{"several key files", "AuthorizedKeysFile a b", func(s *Settings) any { return s.AuthorizedKeysFiles }, []string{"a", "b"}},
 		{"listen v6", "ListenAddress [::1]:2022", func(s *Settings) any { return s.ListenAddresses }, []string{"[::1]:2022"}},
 		{"listen bare v6", "ListenAddress ::1", func(s *Settings) any { return s.ListenAddresses }, []string{"::1"}},
@@ -120,7 +122,8 @@ func TestRefusals(t *testing.T) {
 		{"Match all User root", "cannot be combined"},
 		{"Match User bob\nPort 22", "not allowed within a Match block"},
 		{"Match User bob\nForceCommand 'x", "unbalanced"},
-		{"RevokedKeys /etc/revoked", "not supported by this server"},
+		{"PubkeyAuthOptions touch-required,verify-required", "not supported by this server"},
+		{"AuthorizedPrincipalsCommand /bin/who", "AuthorizedPrincipalsFile"},
 		{"AuthenticationMethods password", "public key only"},
 		{"Banner a\x00b", "NUL"},
 	} {
