@@ -132,10 +132,21 @@ func lines(b []byte) func(yield func(string) bool) {
 	}
 }
 
-// environment builds a session's environment: from empty, what login(1) sets on top of what the caller asks for.
+// defaultEnv is what a session's environment starts from. Where "/" is an image, systemctl must neither look for a running
+// systemd nor fail for want of one: enable and mask work on the files, start and reload do nothing and succeed, as in any
+// chroot. With the jail's own /proc it could not tell (systemd: running_in_chroot_or_offline).
+func defaultEnv(level Level) []string {
+	env := []string{"PATH=" + defaultPath}
+	if level != Plain {
+		env = append(env, "SYSTEMD_OFFLINE=1")
+	}
+	return env
+}
+
+// environment builds a session's environment on the defaults: what login(1) sets on top of what the caller asks for.
 // Later entries win: request, the image's /etc/environment, the job's, and last what describes the session itself.
-func (a *account) environment(shell, home, ttyName string, req *spawnMsg, job []string) []string {
-	pairs := slices.Concat([]string{"PATH=" + defaultPath}, req.env, a.env, job, []string{
+func (a *account) environment(defaults []string, shell, home, ttyName string, req *spawnMsg, job []string) []string {
+	pairs := slices.Concat(defaults, req.env, a.env, job, []string{
 		"HOME=" + home, "USER=" + a.name, "LOGNAME=" + a.name, "SHELL=" + shell, "MAIL=/var/mail/" + a.name,
 	})
 	if req.tty != nil {

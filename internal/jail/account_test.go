@@ -57,7 +57,7 @@ func FuzzAccount(f *testing.F) {
 		if a.home[0] != '/' || a.shell[0] != '/' || len(a.groups) > maxGroups {
 			t.Fatalf("%+v", a)
 		}
-		for _, kv := range a.environment(a.shell, a.home, "", &spawnMsg{}, nil) {
+		for _, kv := range a.environment(defaultEnv(Plain), a.shell, a.home, "", &spawnMsg{}, nil) {
 			if strings.ContainsRune(kv, 0) || !strings.Contains(kv, "=") {
 				t.Fatalf("%q", kv)
 			}

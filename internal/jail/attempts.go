@@ -122,10 +122,33 @@ func procPIDs() []int {
 	return pids
 }
 
+// otherJail reports whether a process is a session of another jail. In a container there is none, but on a machine
+// without containers there may be: jails of one level do not protect their sessions from each other. The bounding set is
+// proof enough, since nobody who would imitate it has run yet.
+func (a *probeArgs) otherJail(pid int) bool {
+	if a.Level == Namespaces {
+		return false
+	}
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return false
+	}
+	const mayLack = 1 << unix.CAP_MKNOD
+	for line := range strings.Lines(string(b)) {
+		if set, ok := strings.CutPrefix(line, "CapBnd:"); ok {
+			bound, err := strconv.ParseUint(strings.TrimSpace(set), 16, 64)
+			return err == nil && bound|mayLack == a.Caps|mayLack
+		}
+	}
+	return false
+}
+
 func tryProcRoots(a *probeArgs) (bool, string) {
 	names := []string{"self", "1", strconv.Itoa(a.Gateway), strconv.Itoa(a.Init), strconv.Itoa(os.Getppid())}
 	for _, pid := range procPIDs() {
-		names = append(names, strconv.Itoa(pid))
+		if !a.otherJail(pid) {
+			names = append(names, strconv.Itoa(pid))
+		}
 	}
 	for _, n := range names {
 		for _, link := range []string{"/root", "/root/..", "/root/../.."} {

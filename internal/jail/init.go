@@ -51,6 +51,8 @@ func ChildMain() {
 	switch os.Args[1] {
 	case modeInit:
 		run = initMain
+	case modeLend:
+		run = lendMain
 	case modeEnter:
 		run = enterMain
 	case modeSFTP:
@@ -75,7 +77,9 @@ type supervisor struct {
 	conn  *conn
 	level Level
 	root  *os.File // what sessions see as "/"
-	self  *os.File // namespaces: this program, which has no name inside
+	pts   *os.File // the devpts instance that terminals come from
+	lent  *os.File // chroot: the mount namespace that root belongs to, if it is a lent one
+	self  *os.File // this program, read-only, where the sessions have a /proc to find it in
 	caps  uint64   // the bounding set of the sessions
 	dev   uint64   // of the image root
 	ino   uint64
@@ -242,12 +246,13 @@ func closeInherited(last int) error {
 
 // setup builds the confinement the first packet asks for.
 func (s *supervisor) setup(p packet) (notes []string, err error) {
-	p.closeFiles()
 	var m setupMsg
-	if p.op != opSetup {
+	if p.op != opSetup || len(p.files) != 0 && len(p.files) != lentFiles {
+		p.closeFiles()
 		return nil, fmt.Errorf("%w: %d instead of setup", errMalformed, p.op)
 	}
 	if err := m.decode(p.body); err != nil {
+		p.closeFiles()
 		return nil, err
 	}
 	s.level, s.env, s.dev, s.ino = m.level, m.env, m.dev, m.ino
@@ -256,14 +261,20 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 		if s.self, err = readonlyBinary(); err != nil {
 			return nil, err
 		}
-		if notes, err = enterRoot(&m); err != nil {
+		if notes, err = enterRoot(&m, false); err != nil {
 			return nil, err
 		}
 		if s.root, err = os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0); err != nil {
 			return nil, err
 		}
 	case Chroot:
-		if s.root, err = openRoot(&m); err != nil {
+		if len(p.files) == lentFiles {
+			s.root, s.lent, s.self = p.files[0], p.files[1], p.files[2]
+			err = sameRoot(s.root, &m)
+		} else {
+			s.root, err = openRoot(&m)
+		}
+		if err != nil {
 			return nil, err
 		}
 		// The working directory is what SysProcAttr.Chroot "." refers to; init itself stays outside.
@@ -281,6 +292,11 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 		}
 		s.caps = boundingSet()
 		return notes, unix.Chdir("/")
+	}
+	if s.level == Namespaces || s.lent != nil {
+		if s.pts, _, err = at(s.root, "dev/pts"); err != nil {
+			return nil, err
+		}
 	}
 	keep := uint64(sessionCaps)
 	if s.level == Chroot {

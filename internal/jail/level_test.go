@@ -22,15 +22,20 @@ func TestInPod(t *testing.T) {
 	if inPod() {
 		t.Skip("this is the pod")
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^(TestAttacks|TestProofSees|TestAuto|TestExitStatus|TestTerminal|TestSFTP|TestStopStubborn|TestLeavesNoTrace|TestDevRestored)$", "-test.v")
-	cmd.Env = append(os.Environ(), podEnv+"=cut")
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Errorf("in the pod: %v\n%s", err, out)
-	}
-	for _, name := range []string{"TestAttacks/chroot", "TestAuto", "TestSFTP/chroot"} {
-		if !strings.Contains(string(out), "--- PASS: "+name) {
-			t.Errorf("%s was not run in the pod", name)
+	for kind, tests := range map[string]string{
+		"cut":    "TestAttacks|TestProofSees|TestAuto|TestExitStatus|TestTerminal|TestSFTP|TestStopStubborn|TestLeavesNoTrace",
+		"filter": "TestAttacks|TestAuto|TestTerminal|TestSFTP|TestLeavesNoTrace|TestDevRestored|TestDevReplaced",
+	} {
+		cmd := exec.Command("/proc/self/exe", "-test.run=^("+tests+")$", "-test.v")
+		cmd.Env = append(os.Environ(), podEnv+"="+kind)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Errorf("in the pod (%s): %v\n%s", kind, err, out)
+		}
+		for _, name := range []string{"TestAttacks/chroot", "TestAuto", "TestSFTP/chroot"} {
+			if !strings.Contains(string(out), "--- PASS: "+name) {
+				t.Errorf("%s was not run in the pod (%s)", name, kind)
+			}
 		}
 	}
 }
@@ -73,11 +78,7 @@ func TestPodDevices(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestPodDevices$", "-test.v")
-	cmd.Env = append(os.Environ(), podEnv+"=cut", cgroupEnv+"="+group)
-	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestPodDevices") {
-		t.Errorf("in the pod: %v\n%s", err, out)
-	}
+	inPodAlone(t, "filter", cgroupEnv+"="+group)
 }
 
 // TestAuto promises the strongest level there is.

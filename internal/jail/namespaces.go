@@ -49,8 +49,11 @@ const (
 //	/dev/shm, /dev/mqueue
 //
 // Everything else, the container's root above all, is detached. Nothing is written to the image; the mount points must
-// exist (see mountPoints). notes tells what is missing.
-func enterRoot(m *setupMsg) (notes []string, err error) {
+// exist (see makeMountPoints). notes tells what is missing.
+//
+// For mounts that are lent, the caller has a user namespace of its own but the container's PID and IPC namespaces, to
+// which new mounts of /proc, /sys and /dev/mqueue belong: the container's own are used for the first two.
+func enterRoot(m *setupMsg, lent bool) (notes []string, err error) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return nil, fmt.Errorf("make mounts private: %w", err)
 	}
@@ -62,13 +65,13 @@ func enterRoot(m *setupMsg) (notes []string, err error) {
 		return nil, err
 	}
 	defer root.Close()
-	if err := mountProc(root); err != nil {
+	if err := mountProc(root, lent); err != nil {
 		return nil, err
 	}
-	if err := mountSys(root); err != nil {
+	if err := mountSys(root, lent); err != nil {
 		notes = append(notes, err.Error())
 	}
-	more, err := mountDev(root)
+	more, err := mountDev(root, lent)
 	if err != nil {
 		return nil, err
 	}
@@ -115,16 +118,23 @@ func openRoot(m *setupMsg) (*os.File, error) {
 		return nil, fmt.Errorf("open image root: %w", err)
 	}
 	root := os.NewFile(uintptr(fd), m.root)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
+	if err := sameRoot(root, m); err != nil {
 		root.Close()
-		return nil, fmt.Errorf("stat image root: %w", err)
-	}
-	if st.Dev != m.dev || st.Ino != m.ino {
-		root.Close()
-		return nil, errors.New("image root was replaced while the jail was being built")
+		return nil, err
 	}
 	return root, nil
+}
+
+// sameRoot makes sure that root is the directory the gateway opened.
+func sameRoot(root *os.File, m *setupMsg) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(root.Fd()), &st); err != nil {
+		return fmt.Errorf("stat image root: %w", err)
+	}
+	if st.Dev != m.dev || st.Ino != m.ino {
+		return errors.New("image root was replaced while the jail was being built")
+	}
+	return nil
 }
 
 // at opens the mount point name below dir, itself and not what a symlink there points to. The path it returns stays
@@ -155,14 +165,40 @@ func mountOn(dir *os.File, name, fstype string, flags uintptr, data string) (*os
 	return top, err
 }
 
-func mountProc(root *os.File) error {
-	proc, err := mountOn(root, "proc", "proc", quiet, "")
+// bindTree binds the container's /name, with all that is mounted below it, and opens its root.
+func bindTree(root *os.File, name string) (*os.File, error) {
+	f, path, err := at(root, name)
+	if err != nil {
+		return nil, fmt.Errorf("bind-mount /%s: %w", name, err)
+	}
+	defer f.Close()
+	if err := unix.Mount("/"+name, path, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return nil, fmt.Errorf("bind-mount /%s: %w", name, err)
+	}
+	top, _, err := at(root, name)
+	return top, err
+}
+
+// sealTree makes a mount and all below it read-only.
+func sealTree(path string) error {
+	const sealed = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+	return unix.MountSetattr(unix.AT_FDCWD, path, unix.AT_RECURSIVE, &unix.MountAttr{Attr_set: sealed})
+}
+
+func mountProc(root *os.File, lent bool) error {
+	var proc *os.File
+	var err error
+	if lent {
+		proc, err = bindTree(root, "proc")
+	} else {
+		proc, err = mountOn(root, "proc", "proc", quiet, "")
+	}
 	if err != nil {
 		return err
 	}
 	defer proc.Close()
 	for _, name := range procReadonly {
-		if err := bindReadonly(proc, name); err != nil {
+		if err := bindReadonly(proc, name, lent); err != nil {
 			return err
 		}
 	}
@@ -174,12 +210,23 @@ func mountProc(root *os.File) error {
 	return nil
 }
 
-func mountSys(root *os.File) error {
-	sys, err := mountOn(root, "sys", "sysfs", quiet|unix.MS_RDONLY, "")
+func mountSys(root *os.File, lent bool) error {
+	var sys *os.File
+	var err error
+	if lent {
+		sys, err = bindTree(root, "sys")
+	} else {
+		sys, err = mountOn(root, "sys", "sysfs", quiet|unix.MS_RDONLY, "")
+	}
 	if err != nil {
 		return err
 	}
 	defer sys.Close()
+	if lent {
+		if err := sealTree(fmt.Sprintf("/proc/self/fd/%d", sys.Fd())); err != nil {
+			return fmt.Errorf("make /sys read-only: %w", err)
+		}
+	}
 	for _, name := range sysMasked {
 		if err := mask(sys, name); err != nil {
 			return err
@@ -189,7 +236,7 @@ func mountSys(root *os.File) error {
 }
 
 // bindReadonly makes name below dir read-only. What the kernel does not have needs no protection.
-func bindReadonly(dir *os.File, name string) error {
+func bindReadonly(dir *os.File, name string, lent bool) error {
 	f, path, err := at(dir, name)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -198,7 +245,11 @@ func bindReadonly(dir *os.File, name string) error {
 		return err
 	}
 	defer f.Close()
-	if err := unix.Mount(path, path, "", unix.MS_BIND, ""); err != nil {
+	flags := uintptr(unix.MS_BIND)
+	if lent {
+		flags |= unix.MS_REC // what the container has mounted below cannot be left behind
+	}
+	if err := unix.Mount(path, path, "", flags, ""); err != nil {
 		return fmt.Errorf("bind-mount %s: %w", f.Name(), err)
 	}
 	top, path, err := at(dir, name)
@@ -206,6 +257,12 @@ func bindReadonly(dir *os.File, name string) error {
 		return err
 	}
 	defer top.Close()
+	if lent {
+		if err := sealTree(path); err != nil {
+			return fmt.Errorf("make %s read-only: %w", f.Name(), err)
+		}
+		return nil
+	}
 	if err := unix.Mount("", path, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|quiet, ""); err != nil {
 		return fmt.Errorf("remount %s read-only: %w", f.Name(), err)
 	}
@@ -239,7 +296,7 @@ func mask(dir *os.File, name string) error {
 
 // mountDev builds /dev. The devices are bind mounts of the container's own nodes: the tmpfs itself is nodev, so that a
 // node made in it by mknod(2) opens nothing.
-func mountDev(root *os.File) (notes []string, err error) {
+func mountDev(root *os.File, lent bool) (notes []string, err error) {
 	dev, err := mountOn(root, "dev", "tmpfs", quiet, "mode=755,size=16m,nr_inodes=8192")
 	if err != nil {
 		return nil, err
@@ -268,6 +325,9 @@ func mountDev(root *os.File) (notes []string, err error) {
 		{"shm", "tmpfs", "mode=1777", quiet, true},
 		{"mqueue", "mqueue", "", quiet, false},
 	} {
+		if lent && d.name == "mqueue" {
+			continue
+		}
 		if err := unix.Mkdirat(fd, d.name, 0o755); err != nil {
 			return nil, fmt.Errorf("make /dev/%s: %w", d.name, err)
 		}

@@ -13,8 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// devPTS is where sessions find their terminals.
+const devPTS = "/dev/pts"
+
 // openPTY opens a terminal pair on the devpts instance at dir, sized and with the modes of t, and owned by root and the
-// group tty. name is the slave's path; nobody else has both ends open.
+// group tty. name is the slave's path in the session; nobody else has both ends open.
 func openPTY(dir string, t *TTY, gid int) (master, slave *os.File, name string, err error) {
 	mfd, err := unix.Open(dir+"/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -36,8 +39,9 @@ func openPTY(dir string, t *TTY, gid int) (master, slave *os.File, name string, 
 	if err != nil {
 		return master, nil, "", fmt.Errorf("number of terminal: %w", err)
 	}
-	name = dir + "/" + strconv.FormatUint(uint64(n), 10)
-	sfd, err := unix.Open(name, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	number := strconv.FormatUint(uint64(n), 10)
+	name = devPTS + "/" + number
+	sfd, err := unix.Open(dir+"/"+number, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return master, nil, "", fmt.Errorf("open %s: %w", name, err)
 	}

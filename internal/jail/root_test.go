@@ -24,7 +24,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// podEnv tells a re-executed test binary that it has the capabilities of an unprivileged pod.
+// podEnv tells a re-executed test binary that it has the capabilities of an unprivileged pod: "cut" to take them, or
+// "filter" to have the system calls filtered, too, as container runtimes can: no user namespaces.
 const podEnv = "IMS_BUILDENV_TEST_POD"
 
 // cgroupEnv names the control group such a process joins first.
@@ -37,7 +38,7 @@ const podCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FSETI
 
 func TestMain(m *testing.M) {
 	ChildMain()
-	if os.Getenv(podEnv) == "cut" {
+	if kind := os.Getenv(podEnv); kind == "cut" || kind == "filter" {
 		if group := os.Getenv(cgroupEnv); group != "" {
 			if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte("0"), 0); err != nil {
 				fmt.Fprintln(os.Stderr, err)
@@ -49,7 +50,13 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
-		os.Setenv(podEnv, "yes")
+		if kind == "filter" {
+			if err := filterThread(runtime.GOARCH); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+		}
+		os.Setenv(podEnv, kind+" done")
 		err := syscall.Exec("/proc/self/exe", os.Args, os.Environ())
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -57,7 +64,25 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func inPod() bool { return os.Getenv(podEnv) == "yes" }
+func inPod() bool { return os.Getenv(podEnv) != "" }
+
+// inFilter reports whether this is a pod in which nothing can be mounted by any means.
+func inFilter() bool { return os.Getenv(podEnv) == "filter done" }
+
+// inPodAlone has the calling test run in a pod, alone, unless this is one.
+func inPodAlone(t *testing.T, kind string, more ...string) (outside bool) {
+	t.Helper()
+	testkit.NeedRoot(t)
+	if inPod() {
+		return false
+	}
+	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(append(os.Environ(), podEnv+"="+kind), more...)
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
+		t.Errorf("in the pod: %v\n%s", err, out)
+	}
+	return true
+}
 
 // rootTools are copied into the test's image root.
 var rootTools = []string{

@@ -37,7 +37,7 @@ func (s *supervisor) spawn(id uint32, m *spawnMsg, files []*os.File) {
 	var ttyName string
 	if m.tty != nil {
 		var err error
-		master, slave, ttyName, err = openPTY(ptsDir, m.tty, acct.ttyGID)
+		master, slave, ttyName, err = openPTY(s.ptsDir(), m.tty, acct.ttyGID)
 		if err != nil {
 			s.refuse(id, err)
 			return
@@ -114,9 +114,14 @@ func (e *execError) code() uint32 {
 	return exitNotExecutable
 }
 
-// ptsDir is the devpts instance that terminals come from: the jail's own in the namespaces level, the container's in the
-// others.
-const ptsDir = "/dev/pts"
+// ptsDir is where init finds the devpts instance that terminals come from: the jail's own, which no session can hide by
+// unmounting or renaming, or else the container's.
+func (s *supervisor) ptsDir() string {
+	if s.pts == nil {
+		return devPTS
+	}
+	return fmt.Sprintf("/proc/self/fd/%d", s.pts.Fd())
+}
 
 // stdio fills std from the descriptors that came along, and with /dev/null.
 func (s *supervisor) stdio(m *spawnMsg, files []*os.File, std *[3]*os.File) (null *os.File, err error) {
@@ -177,7 +182,7 @@ func (s *supervisor) execShell(m *spawnMsg, acct *account, ttyName string, std [
 	}
 	var first error
 	for _, shell := range []string{acct.shell, defaultShell} {
-		a, err := s.attr(acct, acct.environment(shell, acct.home, ttyName, m, s.env), std, m.tty != nil)
+		a, err := s.attr(acct, acct.environment(defaultEnv(s.level), shell, acct.home, ttyName, m, s.env), std, m.tty != nil)
 		if err != nil {
 			return 0, err
 		}
@@ -207,8 +212,8 @@ func (s *supervisor) execShell(m *spawnMsg, acct *account, ttyName string, std [
 	return 0, first
 }
 
-// execSelf starts this program in one of its child modes inside the jail. Where the jail has no /proc to execute it
-// from, the enter mode goes inside first and executes the program by descriptor.
+// execSelf starts this program in one of its child modes inside the jail. In the chroot level the enter mode goes inside
+// first and executes the program by descriptor.
 func (s *supervisor) execSelf(m *spawnMsg, acct *account, std [3]*os.File) (int, error) {
 	mode := map[Kind]string{SFTP: modeSFTP, kindProbe: modeProbe, kindSockets: modeSockets}[m.kind]
 	env := []string{"HOME=" + acct.home, "USER=" + acct.name, "PATH=" + defaultPath}
@@ -220,15 +225,16 @@ func (s *supervisor) execSelf(m *spawnMsg, acct *account, std [3]*os.File) (int,
 	if m.kind == kindProbe {
 		argv = append(argv, m.command)
 	}
-	switch s.level {
-	case Namespaces:
+	program := "/proc/self/exe"
+	if s.self != nil {
 		self, err := rawFD(s.self)
 		if err != nil {
 			return 0, err
 		}
-		return syscall.ForkExec("/proc/self/fd/"+strconv.Itoa(self), argv, a)
-	case Plain:
-		return syscall.ForkExec("/proc/self/exe", argv, a)
+		program = "/proc/self/fd/" + strconv.Itoa(self)
+	}
+	if s.level != Chroot {
+		return syscall.ForkExec(program, argv, a)
 	}
 	root, err := rawFD(s.root)
 	if err != nil {
@@ -244,7 +250,7 @@ func (s *supervisor) execSelf(m *spawnMsg, acct *account, std [3]*os.File) (int,
 	}
 	c := make(chan result)
 	go func() {
-		pid, err := syscall.ForkExec("/proc/self/exe", argv, a)
+		pid, err := syscall.ForkExec(program, argv, a)
 		c <- result{pid, err}
 	}()
 	r := <-c

@@ -86,18 +86,27 @@ func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error
 			dir.f.Close()
 		}
 	}()
-	var setup setupMsg
+	setup := setupMsg{level: level, root: cfg.Root, dev: dir.st.Dev, ino: dir.st.Ino, env: cfg.Env}
 	setup.legacy = level == Plain && cfg.DKMS && mayMount(cfg.Log)
-	switch {
-	case level == Namespaces, setup.legacy:
-		err = dir.makeMountPoints("proc", "sys", "dev")
-	case level == Chroot:
-		setup.noNodes, err = j.guardDevices()
+	if level != Plain || setup.legacy {
+		if err := dir.makeMountPoints("proc", "sys", "dev"); err != nil {
+			return nil, err
+		}
+	}
+	var lent []*os.File
+	if level == Chroot {
+		if lent, err = j.borrow(ctx, setup); err != nil {
+			j.log.Warn("sessions have no /proc, and programs in them cannot open terminals (tmux, screen, script, sudo with use_pty): this container allows no user namespaces", "err", err)
+			if setup.noNodes, err = j.guardDevices(); err != nil {
+				return nil, err
+			}
+		}
+	}
+	err = j.startInit(ctx, setup, lent)
+	for _, f := range lent {
+		f.Close()
 	}
 	if err != nil {
-		return nil, err
-	}
-	if err := j.startInit(ctx, cfg, setup); err != nil {
 		return nil, err
 	}
 	if level != Plain {
@@ -145,7 +154,7 @@ func initNamespaces(level Level, legacy bool) uintptr {
 }
 
 // startInit starts the init child and has it build the confinement.
-func (j *Jail) startInit(ctx context.Context, cfg Config, setup setupMsg) error {
+func (j *Jail) startInit(ctx context.Context, setup setupMsg, lent []*os.File) error {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return fmt.Errorf("make socket pair: %w", err)
@@ -170,11 +179,9 @@ func (j *Jail) startInit(ctx context.Context, cfg Config, setup setupMsg) error 
 	}
 	go j.trace.read(errR)
 
-	setup.level, setup.root, setup.env = j.level, cfg.Root, cfg.Env
-	setup.dev, setup.ino = j.dir.st.Dev, j.dir.st.Ino
 	stop := context.AfterFunc(ctx, func() { j.kill(ctx.Err()) })
 	defer stop()
-	if err := j.conn.send(opSetup, 0, &setup); err != nil {
+	if err := j.conn.send(opSetup, 0, &setup, lent...); err != nil {
 		return fmt.Errorf("set up: %w", err)
 	}
 	p, err := j.conn.recv()
@@ -206,15 +213,17 @@ func (j *Jail) startInit(ctx context.Context, cfg Config, setup setupMsg) error 
 	return fmt.Errorf("set up: %w: operation %d", errMalformed, p.op)
 }
 
+// childEnv is all the environment that init gets: nothing of the gateway's goes into the jail. The setting keeps the Go
+// runtime from holding files of the container open (it would watch the CPU limit).
+const childEnv = "GODEBUG=containermaxprocs=0,updatemaxprocs=0"
+
 // fork starts this program as init. The kernel kills init when the thread that started it ends, so that thread waits for
 // it. In the levels without a PID namespace init must get the chance to end its descendants: there only the closed
 // socket tells it that the gateway is gone.
 func (j *Jail) fork(socket, stderr *os.File, namespaces uintptr) error {
 	attr := &os.ProcAttr{
-		Dir: "/",
-		// Nothing of the gateway's environment goes into the jail. The setting keeps the Go runtime from holding files of
-		// the container open (it would watch the CPU limit).
-		Env:   []string{"GODEBUG=containermaxprocs=0,updatemaxprocs=0"},
+		Dir:   "/",
+		Env:   []string{childEnv},
 		Files: []*os.File{nil, nil, stderr, socket},
 		Sys:   &syscall.SysProcAttr{Setsid: true, Cloneflags: namespaces},
 	}

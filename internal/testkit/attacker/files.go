@@ -204,7 +204,7 @@ func overwriteExe() error {
 	for _, pid := range pids() {
 		exe := fmt.Sprintf("/proc/%d/exe", pid)
 		name, err := os.Readlink(exe)
-		if err != nil {
+		if err != nil || !sameRoot(pid) {
 			continue
 		}
 		outside, err := os.Stat(exe)

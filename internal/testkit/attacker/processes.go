@@ -26,14 +26,25 @@ func pids() []int {
 
 // outsiders are processes that are not the attacker's own.
 func outsiders() []int {
-	if len(pids()) > 0 {
-		return []int{1} // it may be a PID namespace, where the gateway's number means nothing
-	}
-	found := []int{1, gateway}
-	if parent := os.Getppid(); !ours(parent) {
-		found = append(found, parent)
+	found := []int{1}
+	for _, pid := range []int{gateway, os.Getppid()} {
+		// In a PID namespace the gateway's number means nothing; whose root may not be looked up is not ours.
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d/root", pid)); !ours(pid) && (len(pids()) == 0 || errors.Is(err, os.ErrPermission)) {
+			found = append(found, pid)
+		}
 	}
 	return found
+}
+
+// sameRoot reports whether a process has our root. On a machine without containers there may be other jails, whose
+// sessions are no better than we are.
+func sameRoot(pid int) bool {
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/root", pid))
+	if err != nil {
+		return false
+	}
+	root, err := os.Stat("/")
+	return err == nil && os.SameFile(root, theirs)
 }
 
 // ours reports whether a process is of the attacker's own session.
