@@ -27,7 +27,10 @@ var editCases = flag.Int("edits", 0, "cases of TestDeltaEdits; 0 is a number for
 // sameImage lists how the tree in one image differs from the one in another.
 func sameImage(t testing.TB, got, want *Image) []string {
 	t.Helper()
-	a, b := describe(t, got), describe(t, want)
+	return differences(describe(t, got, true), describe(t, want, true))
+}
+
+func differences(a, b map[string]string) []string {
 	var diff []string
 	for name, x := range a {
 		if y, ok := b[name]; !ok {
@@ -45,8 +48,9 @@ func sameImage(t testing.TB, got, want *Image) []string {
 	return diff
 }
 
-// describe says all of each name in an image; hard links by their first name.
-func describe(t testing.TB, img *Image) map[string]string {
+// describe says all of each name in an image. With links, a hard link is said to
+// be one, to the first of the inode's names.
+func describe(t testing.TB, img *Image, links bool) map[string]string {
 	t.Helper()
 	w, err := newWalker(img)
 	if err != nil {
@@ -59,6 +63,10 @@ func describe(t testing.TB, img *Image) map[string]string {
 			t.Fatal(err)
 		}
 		slices.SortFunc(xattrs, func(a, b Xattr) int { return strings.Compare(a.Name, b.Name) })
+		if !links && !ino.IsDir() {
+			c := *ino
+			c.NLink, ino = 1, &c
+		}
 		all[name] = fmt.Sprint(ino.Mode, ino.UID, ino.GID, ino.MTime, ino.NLink, ino.Size, ino.Target, ino.Rdev, xattrs)
 		if ino.isFile() {
 			content, err := fs.ReadFile(img, name)
@@ -70,7 +78,7 @@ func describe(t testing.TB, img *Image) map[string]string {
 	}
 	note(".", w.root.ino)
 	err = w.walk(t.Context(), func(n *treeName) error {
-		if n.link != nil {
+		if n.link != nil && links {
 			all[n.path()] = "link to " + n.link.dir.join(n.link.name)
 			return nil
 		}
@@ -154,11 +162,12 @@ func (e *editor) step() {
 			if strings.HasPrefix(to, any+"/") {
 				return nil
 			}
-			if err := os.Rename(any, to); err != nil {
-				// What mv does where a directory of a lower layer cannot be renamed.
-				run(e.t, "mv", any, to)
+			if info, err := os.Lstat(any); err != nil || !info.IsDir() {
+				return os.Rename(any, to)
 			}
-			return nil
+			// A directory of a lower layer cannot be renamed; mv copies it.
+			run(e.t, "cp", "-a", any, to)
+			return os.RemoveAll(any)
 		}},
 		{"rename over", func() error {
 			if other := e.pick(fs.FileMode.IsRegular); file != "" {
