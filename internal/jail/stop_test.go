@@ -127,7 +127,7 @@ func TestStopForkChain(t *testing.T) {
 		prefix := rootPrefix(level, root)
 		j := startJail(t, Config{Root: root, Level: level})
 		file := filepath.Join(root, "tmp/chain")
-		run(t, j, prefix+"/usr/bin/attacker fork-chain "+prefix+"/tmp/chain < /dev/null > /dev/null 2>&1")
+		run(t, j, prefix+"/usr/bin/attacker fork-chain 50000 "+prefix+"/tmp/chain < /dev/null > /dev/null 2>&1")
 		size := func() int64 {
 			fi, err := os.Stat(file)
 			if err != nil {

@@ -10,23 +10,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// forkChain runs away from whoever wants to end it: every link is a new process in a new session, writes a byte to the
-// file, and leaves as soon as it has an heir. Only raw system calls are left after the first fork: there is no Go
-// runtime any more. It ends by itself after maxLinks, should the test lose: nobody may be left with it.
-func forkChain(file string) error {
-	const maxLinks = 50_000
-	fd, err := unix.Open(file, unix.O_WRONLY|unix.O_CREAT|unix.O_APPEND, 0o644)
+// forkChain runs away from whoever wants to end it: every link is a new process in a new session, writes a byte to each of
+// the files, and leaves as soon as it has an heir. Only raw system calls are left after the first fork: there is no Go
+// runtime any more. It ends by itself after so many links, should the test lose: nobody may be left with it.
+func forkChain(links string, files []string) error {
+	n, err := strconv.Atoi(links)
 	if err != nil {
 		return err
 	}
+	fds := make([]int, len(files))
+	for i, file := range files {
+		if fds[i], err = unix.Open(file, unix.O_WRONLY|unix.O_CREAT|unix.O_APPEND, 0o644); err != nil {
+			return err
+		}
+	}
 	one := [1]byte{'x'}
-	for range maxLinks {
+	for range n {
 		pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
 		if errno == 0 && pid > 0 {
 			unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
 		}
 		unix.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
-		unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&one[0])), 1)
+		for _, fd := range fds {
+			unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&one[0])), 1)
+		}
 	}
 	unix.RawSyscall(unix.SYS_EXIT_GROUP, 0, 0, 0)
 	return nil

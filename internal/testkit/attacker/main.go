@@ -10,7 +10,8 @@
 //
 //	attacker list                      the attacks, each with what it does
 //	attacker swap NAME NAME SECONDS    exchange two names all the time, for others to stumble over
-//	attacker fork-chain FILE           run away from whoever wants to end it, writing to FILE
+//	attacker fork-chain LINKS FILE...  run away from whoever wants to end it, writing to the files
+//	attacker write KIND FILE FILE      write and do not end; see writer
 package main
 
 import (
@@ -79,8 +80,10 @@ func run(args []string) error {
 		return nil
 	case len(args) == 1 && args[0] == usernsChild:
 		return nil
-	case len(args) == 2 && args[0] == "fork-chain":
-		return forkChain(args[1])
+	case len(args) >= 3 && args[0] == "fork-chain":
+		return forkChain(args[1], args[2:])
+	case len(args) == 4 && args[0] == "write":
+		return writer(args[1], args[2], args[3])
 	case len(args) == 4 && args[0] == "swap":
 		return swap(args[1], args[2], args[3])
 	case len(args) == 3:
