@@ -31,6 +31,7 @@ var outBuffers = sync.Pool{New: func() any { b := make([]byte, outBuffer); retur
 type pump struct {
 	r      *os.File // non-blocking
 	w      io.Writer
+	first  string // to be written before anything that is read
 	idle   atomic.Bool
 	done   atomic.Bool
 	events chan<- struct{} // capacity 1: idle or done became true
@@ -53,6 +54,9 @@ func (p *pump) note(flag *atomic.Bool) {
 func (p *pump) run() {
 	defer p.note(&p.done)
 	defer p.r.Close()
+	if _, err := io.WriteString(p.w, p.first); err != nil {
+		return
+	}
 	raw, err := p.r.SyscallConn()
 	if err != nil {
 		return

@@ -31,6 +31,7 @@ type server struct {
 	seen *metrics
 
 	recorder *recordings // of terminals; nil: none
+	last     lastLogin
 
 	ids    atomic.Uint64
 	mu     sync.Mutex

@@ -379,6 +379,10 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 		ss.files = []*os.File{stdin}
 		ss.record(req.TTY)
 		ss.pumps = []*pump{newPump(stdin, ss.out, ss.events)}
+		last := ss.c.srv.last.enter(time.Now(), peerAddr(ss.c.RemoteAddr()).String())
+		if ss.interactive {
+			ss.pumps[0].first = greeting(ss.c.srv.set, last, proc.Greeting())
+		}
 	} else {
 		stdin = ours[0]
 		ss.files = ours

@@ -75,6 +75,12 @@ type TTY struct {
 	Modes                      map[uint8]uint32 // opcode -> argument
 }
 
+// Greeting is what the image has for a user who logs in on a terminal.
+type Greeting struct {
+	Motd   string // /etc/motd, at most its first 64 KiB; empty without one
+	Hushed bool   // .hushlogin in root's home: no greeting is wanted
+}
+
 // Exit says how a command ended.
 type Exit struct {
 	Code   int         // 0..255 when Signal is 0
@@ -142,6 +148,7 @@ type Process struct {
 	id   uint32
 	pid  int
 	pty  *os.File
+	hi   Greeting
 	done chan struct{}
 	exit Exit // valid once done is closed
 }
@@ -175,7 +182,7 @@ func (j *Jail) Spawn(req Request) (*Process, error) {
 		j.kill(fmt.Errorf("answer to spawn: %w", errMalformed))
 		return nil, errMalformed
 	}
-	p.pid = int(s.pid)
+	p.pid, p.hi = int(s.pid), s.greeting
 	if m.tty != nil {
 		if p.pty, err = pollable(answer.files[0]); err != nil {
 			return nil, fmt.Errorf("use terminal: %w", err)
@@ -343,6 +350,9 @@ func (p *Process) PID() int { return p.pid }
 // PTY returns the master side of the terminal, nil without one. The caller closes it, and thereby hangs up. Reading ends
 // with EIO once nobody in the jail has the terminal open.
 func (p *Process) PTY() *os.File { return p.pty }
+
+// Greeting is for a Shell on a terminal; nothing is shown by the jail itself.
+func (p *Process) Greeting() Greeting { return p.hi }
 
 // Resize sets the terminal's window size.
 func (p *Process) Resize(cols, rows, xpixel, ypixel uint32) error {

@@ -309,14 +309,19 @@ func (m *spawnMsg) decode(b []byte) error {
 
 // startedMsg answers spawn.
 type startedMsg struct {
-	pid uint32 // as init sees it
+	pid      uint32 // as init sees it
+	greeting Greeting
 }
 
-func (m *startedMsg) encode(e *encoder) { e.num(uint64(m.pid)) }
+func (m *startedMsg) encode(e *encoder) {
+	e.num(uint64(m.pid))
+	e.str(m.greeting.Motd)
+	e.flag(m.greeting.Hushed)
+}
 
 func (m *startedMsg) decode(b []byte) error {
 	d := decoder{b: b}
-	m.pid = d.num32()
+	*m = startedMsg{pid: d.num32(), greeting: Greeting{Motd: d.str(), Hushed: d.flag()}}
 	return d.end()
 }
 

@@ -21,7 +21,7 @@ func messages() []message {
 		&failedMsg{text: "no"},
 		&spawnMsg{kind: Exec, command: "echo \xff\x00", env: []string{"X=1"}, stdio: 7},
 		&spawnMsg{kind: Shell, tty: &TTY{Term: "xterm", Cols: 1, Rows: 2, XPixel: 3, YPixel: 1<<32 - 1, Modes: map[uint8]uint32{1: 3, 129: 38400}}},
-		&startedMsg{pid: 1 << 22},
+		&startedMsg{pid: 1 << 22, greeting: Greeting{Motd: "Welcome.\n", Hushed: true}},
 		&exitedMsg{code: 255, signal: 11, core: true},
 		&numberMsg{n: 9},
 		&stringMsg{s: "/tmp/complete"},

@@ -66,12 +66,28 @@ func (s *supervisor) spawn(id uint32, m *spawnMsg, files []*os.File) {
 	if master != nil {
 		answers = []*os.File{master}
 	}
-	s.start(id, start, answers, std[2])
+	var hello Greeting
+	if m.kind == Shell && m.tty != nil {
+		hello = s.greeting(&acct)
+	}
+	s.start(id, start, hello, answers, std[2])
+}
+
+// maxMotd bounds what is shown of the message of the day.
+const maxMotd = 64 << 10
+
+// greeting reads what a login shell on a terminal greets its user with. What cannot be read is not shown.
+func (s *supervisor) greeting(acct *account) (g Greeting) {
+	b, _ := readInRoot(s.root, "/etc/motd")
+	g.Motd = string(b[:min(len(b), maxMotd)])
+	_, err := modeInRoot(s.root, path.Join(acct.home, ".hushlogin"))
+	g.Hushed = err == nil
+	return g
 }
 
 // start runs fork on the right thread, registers the child and answers. What the user's own files are to blame for is
 // told on stderr and by the exit code, as a shell would.
-func (s *supervisor) start(id uint32, fork func() (int, error), answers []*os.File, stderr *os.File) {
+func (s *supervisor) start(id uint32, fork func() (int, error), hello Greeting, answers []*os.File, stderr *os.File) {
 	done := make(chan struct{})
 	s.onMain <- func() {
 		defer close(done)
@@ -86,7 +102,7 @@ func (s *supervisor) start(id uint32, fork func() (int, error), answers []*os.Fi
 		switch {
 		case err == nil:
 			s.running[pid], s.pids[id] = id, pid
-			s.answer(opStarted, id, &startedMsg{pid: uint32(pid)}, answers...)
+			s.answer(opStarted, id, &startedMsg{pid: uint32(pid), greeting: hello}, answers...)
 		case errors.As(err, &ee):
 			fmt.Fprintf(stderr, "sshd: %v\n", ee)
 			s.answer(opStarted, id, &startedMsg{}, answers...)
