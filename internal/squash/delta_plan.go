@@ -347,6 +347,11 @@ func (img *Image) eachFile(ctx context.Context, fn func(*Inode) error) error {
 		if err != nil {
 			return fmt.Errorf("inode table: %w", err)
 		}
+		for range rec.IndexCount { // a directory's index lies between it and the next inode
+			if _, err := decodeDirIndex(c); err != nil {
+				return fmt.Errorf("inode %d: %w", rec.Number, err)
+			}
+		}
 		if rec.Type.basic() != typeFile {
 			continue
 		}

@@ -71,6 +71,28 @@ func TestDeltaOfNothing(t *testing.T) {
 	judge(t, out.onDisk(t), dir)
 }
 
+// Directories with an index stand in the way of reading the inodes one by one.
+func TestDeltaLargeDirectories(t *testing.T) {
+	origin := t.TempDir()
+	var lines []string
+	for i := range 3000 {
+		lines = append(lines, fmt.Sprintf("file d%d/%s%d 0644 %d", i%3, strings.Repeat("n", 40), i, i))
+	}
+	treekit.Make(t, origin, lines...)
+	for _, image := range []string{packFileOf(t, origin, Options{}), mksquashfs(t, origin)} {
+		base := openImage(t, image)
+		dir, index := unpacked(t, base)
+		if err := os.Remove(filepath.Join(dir, "d1", strings.Repeat("n", 40)+"1")); err != nil {
+			t.Fatal(err)
+		}
+		out, st := packMem(t, indexed(t, dir, index, base), Options{Base: &Base{Image: base}})
+		if st.Base.Bytes != st.BytesIn {
+			t.Errorf("%+v of %+v", st.Base, st)
+		}
+		judge(t, out.onDisk(t), dir)
+	}
+}
+
 // What was written again with the same content, renamed, linked or given other
 // metadata costs nothing; what is new is compressed.
 func TestDeltaReuse(t *testing.T) {
