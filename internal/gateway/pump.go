@@ -54,8 +54,10 @@ func (p *pump) note(flag *atomic.Bool) {
 func (p *pump) run() {
 	defer p.note(&p.done)
 	defer p.r.Close()
-	if _, err := io.WriteString(p.w, p.first); err != nil {
-		return
+	if p.first != "" {
+		if _, err := io.WriteString(p.w, p.first); err != nil {
+			return
+		}
 	}
 	raw, err := p.r.SyscallConn()
 	if err != nil {
