@@ -20,7 +20,9 @@
 //     soon as what the command itself wrote has been sent, and the channel stays open.
 //   - Payloads, environments and keystrokes are never logged.
 //
-// Refused: passwords, users other than root, certificates and keys that demand that the
-// authenticator verified its user (the SSH library does not tell), X11. Refused with a reason the
-// client shows: agent, TCP and Unix socket forwarding.
+// Forwarding permits what OpenSSH's sshd permits. TCP is the gateway's own, in the pod's
+// network, which the sessions share; Unix sockets are made and connected by the jail.
+//
+// Refused: passwords, users other than root, X11, tunnels, certificates and keys that
+// demand that the authenticator verified its user (the SSH library does not tell).
 package gateway

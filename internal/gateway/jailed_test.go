@@ -15,11 +15,12 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
 )
 
-// imageRoot makes a small image root of the host's own programs and their libraries.
-func imageRoot(t testing.TB) string {
+// imageRoot makes a small image root of the host's own programs, more among them, and their libraries.
+func imageRoot(t testing.TB, more ...string) string {
 	t.Helper()
 	testkit.NeedRoot(t)
 	tools := []string{"bash", "sh", "cat", "env", "touch", "ls", "tty", "stty", "sleep", "mount", "head", "ln", "mkdir", "rmdir"}
+	tools = append(tools, more...)
 	testkit.NeedTool(t, append(tools, "ldd")...)
 	root := filepath.Join(t.TempDir(), "root")
 	if err := os.Mkdir(root, 0o755); err != nil {

@@ -64,14 +64,18 @@ func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version 
 		ConnectionFailedCallback: s.handshakeFailed,
 		ChannelHandlers: map[string]gssh.ChannelHandler{
 			"session":                        s.channel(s.serveSession),
-			"direct-tcpip":                   s.channel(s.refuseForward),
-			"direct-streamlocal@openssh.com": s.channel(s.refuseForward),
+			"direct-tcpip":                   s.channel(s.serveDirect),
+			"direct-streamlocal@openssh.com": s.channel(s.serveDirect),
 			"default": s.channel(func(c *conn, _ *ssh.ServerConn, nc ssh.NewChannel) {
 				c.log.Info("channel refused", "type", short(nc.ChannelType()), "why", "unknown type")
 				nc.Reject(ssh.UnknownChannelType, "this server has no channels of type "+quoteShort(nc.ChannelType()))
 			}),
 		},
 		RequestHandlers: map[string]gssh.RequestHandler{
+			"tcpip-forward":                          s.forwarding((*forwards).listenTCP),
+			"cancel-tcpip-forward":                   s.forwarding((*forwards).cancelTCP),
+			"streamlocal-forward@openssh.com":        s.forwarding((*forwards).listenUnix),
+			"cancel-streamlocal-forward@openssh.com": s.forwarding((*forwards).cancelUnix),
 			"no-more-sessions@openssh.com": s.global(func(c *conn, _ *ssh.Request) bool {
 				c.noMoreSessions()
 				return true
@@ -173,6 +177,7 @@ func (s *server) remove(c *conn) {
 	s.forget(c)
 	s.seen.closed(c)
 	s.mu.Unlock()
+	c.forwards.close()
 	c.logEnd()
 }
 
@@ -207,9 +212,7 @@ func (s *server) channel(h func(*conn, *ssh.ServerConn, ssh.NewChannel)) gssh.Ch
 	return func(_ *gssh.Server, sc *ssh.ServerConn, nc ssh.NewChannel, ctx gssh.Context) {
 		c := ctx.Value(connKey{}).(*conn)
 		defer c.guard("channel " + quoteShort(nc.ChannelType()))
-		if every := s.set.ClientAliveInterval; every > 0 {
-			c.alive.Do(func() { go c.keepAlive(sc, every, s.set.ClientAliveCountMax) })
-		}
+		c.startKeepAlive(sc)
 		h(c, sc, nc)
 	}
 }
@@ -220,11 +223,6 @@ func (s *server) global(h func(*conn, *ssh.Request) bool) gssh.RequestHandler {
 		defer c.guard("global request")
 		return h(c, req), nil
 	}
-}
-
-func (s *server) refuseForward(c *conn, _ *ssh.ServerConn, nc ssh.NewChannel) {
-	c.log.Info("channel refused", "type", short(nc.ChannelType()), "why", "forwarding is not available")
-	nc.Reject(ssh.Prohibited, "this server does not forward connections")
 }
 
 // conn is one connection; it is the net.Conn that the SSH library reads and writes.
@@ -239,6 +237,8 @@ type conn struct {
 	alive  sync.Once     // starts keepAlive
 	gone   chan struct{} // closed when the connection is over
 	in     atomic.Int64  // bytes read from the client
+
+	forwards *forwards
 
 	// Of the first exchange, see greet; then read and written by the SSH library alone.
 	reader  *bufio.Reader // what greet has looked at
@@ -261,6 +261,7 @@ type conn struct {
 
 func newConn(s *server, nc net.Conn) *conn {
 	c := &conn{Conn: nc, srv: s, id: s.ids.Add(1), opened: time.Now(), gone: make(chan struct{}), sessions: map[*session]struct{}{}}
+	c.forwards = &forwards{c: c}
 	c.log = s.log.With("conn", c.id, "peer", nc.RemoteAddr().String())
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -328,6 +329,13 @@ func (c *conn) noMoreSessions() {
 	c.noMore = true
 }
 
+// startKeepAlive starts keepAlive with the first channel or forwarding.
+func (c *conn) startKeepAlive(sc ssh.Conn) {
+	if every := c.srv.set.ClientAliveInterval; every > 0 {
+		c.alive.Do(func() { go c.keepAlive(sc, every, c.srv.set.ClientAliveCountMax) })
+	}
+}
+
 // keepAlive asks a client that is silent for an answer, and gives it up after more than most
 // intervals without a byte (ClientAliveInterval and ClientAliveCountMax; 0: never).
 func (c *conn) keepAlive(sc ssh.Conn, every time.Duration, most int) {
@@ -393,9 +401,13 @@ func (c *conn) sessionList() []*session {
 // guard turns a panic into a log line and the end of this connection.
 func (c *conn) guard(what string) {
 	if p := recover(); p != nil {
-		c.log.Error("panic in "+what, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+		c.logPanic(what, p)
 		c.end("internal error")
 	}
+}
+
+func (c *conn) logPanic(what string, p any) {
+	c.log.Error("panic in "+what, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 }
 
 // short cuts a peer's text for the log, which quotes it.

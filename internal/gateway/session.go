@@ -25,6 +25,7 @@ import (
 // one after the other on one goroutine; what another goroutine touches is below mu.
 type session struct {
 	c     *conn
+	sc    ssh.Conn
 	login *login
 	ch    ssh.Channel
 	log   *slog.Logger
@@ -101,7 +102,7 @@ func (s *server) serveSession(c *conn, sc *ssh.ServerConn, nc ssh.NewChannel) {
 		return
 	}
 	ss := &session{
-		c: c, login: l, id: c.ids.Add(1), opened: time.Now(),
+		c: c, sc: sc, login: l, id: c.ids.Add(1), opened: time.Now(),
 		events:  make(chan struct{}, 1),
 		signals: make(chan unix.Signal, 16),
 	}
@@ -155,7 +156,9 @@ func (ss *session) request(typ string, payload []byte) (ok bool, then func()) {
 	case "eow@openssh.com":
 		ss.stopOutput()
 	case "auth-agent-req@openssh.com":
-		err = errors.New("agent forwarding is not available")
+		err = ss.requestAgent()
+	case "x11-req":
+		err = errors.New("X11Forwarding no: this server does not forward X11")
 	default:
 		err = errors.New("not available")
 	}
@@ -320,6 +323,9 @@ func (ss *session) environment(original string) []string {
 	env = append(env,
 		fmt.Sprintf("SSH_CLIENT=%s %s %s", peer, peerPort, localPort),
 		fmt.Sprintf("SSH_CONNECTION=%s %s %s %s", peer, peerPort, local, localPort))
+	if sock := ss.c.forwards.agentSocket(); sock != "" {
+		env = append(env, "SSH_AUTH_SOCK="+sock)
+	}
 	if original != "" {
 		env = append(env, "SSH_ORIGINAL_COMMAND="+original)
 	}

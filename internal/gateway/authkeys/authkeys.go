@@ -41,9 +41,9 @@ type Key struct {
 	PTY             bool
 	PortForwarding  bool
 	AgentForwarding bool
-	PermitOpen      []string // permitopen=, host:port
-	PermitListen    []string // permitlisten=, [host:]port
-	NoTouchRequired bool     // of a FIDO key
+	PermitOpen      sshdconf.Permissions // permitopen=; nil: anything
+	PermitListen    sshdconf.Permissions // permitlisten=
+	NoTouchRequired bool                 // of a FIDO key
 
 	CertAuthority bool     // cert-authority: Public signs certificates and does not log in
 	Principals    []string // principals=; nil: the name of the user
@@ -220,19 +220,27 @@ func (k *Key) value(name, v string) error {
 			k.Environment = append(k.Environment, v)
 		}
 	case "permitopen":
-		if !strings.Contains(v, ":") {
-			return fmt.Errorf("invalid permitopen %q: want host:port", v)
-		}
-		k.PermitOpen = append(k.PermitOpen, v)
+		return permit(&k.PermitOpen, v, false)
 	case "principals":
 		if k.Principals != nil {
 			return errors.New("multiple principals= options")
 		}
 		k.Principals = slices.DeleteFunc(strings.Split(v, ","), func(p string) bool { return p == "" })
 	case "permitlisten":
-		k.PermitListen = append(k.PermitListen, v)
+		return permit(&k.PermitListen, v, true)
 	}
 	return nil
+}
+
+// permit adds a permission; port 0, which means any in sshd_config, is none here
+// (handle_permit in auth-options.c).
+func permit(l *sshdconf.Permissions, v string, barePort bool) error {
+	p, err := sshdconf.ParsePermission(v, barePort)
+	if err == nil && p.Port == 0 && !strings.HasSuffix(v, "*") {
+		err = fmt.Errorf("bad port number in permission %q", v)
+	}
+	*l = append(*l, p)
+	return err
 }
 
 func validName(n string) bool {

@@ -127,7 +127,7 @@ func TestOptions(t *testing.T) {
 	for _, opts := range []string{
 		"no-pty,frobnicate", `command="a",command="b"`, `command=a`, `command="a`, `from="10.0.0.1/8"`, `from=""`, `from="a",from="b"`,
 		`environment="A"`, `environment="A B=1"`, `expiry-time="tomorrow"`, `expiry-time="20301301"`, `principals="x"`, `cert-authority,principals="x",principals="y"`,
-		"verify-required", `tunnel="0"`, `permitopen="h"`, `pty="yes"`, "command",
+		"verify-required", `tunnel="0"`, `permitopen="h"`, `permitopen="none"`, `permitopen="h:0"`, `permitlisten="x"`, `pty="yes"`, "command",
 	} {
 		if k, err := line(opts); err == nil {
 			t.Errorf("%s was accepted: %+v", opts, k)

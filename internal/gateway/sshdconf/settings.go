@@ -63,9 +63,11 @@ type Settings struct {
 	AgentForwarding     bool
 	TCPForwarding       string // yes, no, local, remote
 	StreamLocal         string // the same for Unix sockets
-	PermitOpen          []string
-	PermitListen        []string
-	GatewayPorts        string
+	PermitOpen          Permissions
+	PermitListen        Permissions
+	GatewayPorts        string // yes, no, clientspecified
+	StreamLocalMask     uint32 // umask of Unix sockets that listen
+	StreamLocalUnlink   bool   // what is in their place is removed before
 	DisableForwarding   bool
 	ClientAliveInterval time.Duration
 	ClientAliveCountMax int
@@ -102,6 +104,7 @@ func defaults() *Settings {
 		TCPForwarding:       "yes",
 		StreamLocal:         "yes",
 		GatewayPorts:        "no",
+		StreamLocalMask:     0o177,
 		ClientAliveCountMax: 3,
 		RequiredRSASize:     1024,
 	}
@@ -329,10 +332,12 @@ var keywords = map[string]keyword{
 	"allowagentforwarding":       {match: true, parse: yesno(func(s *Settings) *bool { return &s.AgentForwarding })},
 	"allowtcpforwarding":         {match: true, parse: parseForwarding(func(s *Settings) *string { return &s.TCPForwarding })},
 	"allowstreamlocalforwarding": {match: true, parse: parseForwarding(func(s *Settings) *string { return &s.StreamLocal })},
-	"permitopen":                 {match: true, parse: replace(func(s *Settings) *[]string { return &s.PermitOpen })},
-	"permitlisten":               {match: true, parse: replace(func(s *Settings) *[]string { return &s.PermitListen })},
+	"permitopen":                 {match: true, parse: permissions(func(s *Settings) *Permissions { return &s.PermitOpen }, false)},
+	"permitlisten":               {match: true, parse: permissions(func(s *Settings) *Permissions { return &s.PermitListen }, true)},
 	"gatewayports":               {match: true, parse: oneOf(func(s *Settings) *string { return &s.GatewayPorts }, "yes", "no", "clientspecified")},
 	"disableforwarding":          {match: true, parse: yesno(func(s *Settings) *bool { return &s.DisableForwarding })},
+	"streamlocalbindmask":        {match: true, parse: mask(func(s *Settings) *uint32 { return &s.StreamLocalMask })},
+	"streamlocalbindunlink":      {match: true, parse: yesno(func(s *Settings) *bool { return &s.StreamLocalUnlink })},
 	"clientaliveinterval":        {match: true, parse: duration(func(s *Settings) *time.Duration { return &s.ClientAliveInterval })},
 	"clientalivecountmax":        {match: true, parse: number(func(s *Settings) *int { return &s.ClientAliveCountMax }, 0)},
 	"ciphers":                    {parse: text(func(s *Settings) *string { return &s.Ciphers })},
@@ -409,8 +414,6 @@ var keywords = map[string]keyword{
 	"skeyauthentication":              {},
 	"sshdauthpath":                    {},
 	"sshdsessionpath":                 {},
-	"streamlocalbindmask":             {match: true},
-	"streamlocalbindunlink":           {match: true},
 	"strictmodes":                     {},
 	"syslogfacility":                  {},
 	"unusedconnectiontimeout":         {match: true},
