@@ -55,9 +55,10 @@ var errDenied = errors.New("permission denied")
 func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 	return &ssh.ServerConfig{
 		Config: ssh.Config{
-			KeyExchanges: s.algs.kex,
-			Ciphers:      c.ciphers,
-			MACs:         s.algs.macs,
+			KeyExchanges:   s.algs.kex,
+			Ciphers:        c.ciphers,
+			MACs:           s.algs.macs,
+			RekeyThreshold: s.set.RekeyBytes,
 		},
 		PublicKeyAuthAlgorithms: s.algs.pubkeys,
 		MaxAuthTries:            s.set.MaxAuthTries,
@@ -70,6 +71,7 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 				c.log.Debug("key offered", "key", ssh.FingerprintSHA256(key), "accepted", false)
 				return nil, err
 			}
+			c.offered.Store(true)
 			perms := &ssh.Permissions{}
 			if l.key.NoTouchRequired && !s.set.TouchRequired {
 				perms.Extensions = map[string]string{"no-touch-required": ""}

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -133,23 +134,23 @@ func (s *server) handle(nc net.Conn) {
 	s.ssh.HandleConn(c)
 }
 
-// add enters a connection that has yet to authenticate. Beyond MaxStartups the oldest of
-// those is closed, not the newest: strangers who sit on connections cannot keep a client
-// with a key out, and authenticated connections are never counted.
+// add enters a connection that has yet to authenticate. Beyond MaxStartups one of those is
+// closed that has got least far with its login, of these the oldest, and never the newest:
+// strangers who sit on connections, or open one after the other, cannot keep a client with
+// a key out, and authenticated connections are never counted.
 func (s *server) add(c *conn) {
 	s.mu.Lock()
 	s.conns[c] = struct{}{}
 	s.unauth = append(s.unauth, c)
-	var oldest *conn
-	if len(s.unauth) > s.set.MaxStartups {
-		oldest = s.unauth[0]
-		s.unauth = s.unauth[1:]
+	var victim *conn
+	if old := s.unauth[:len(s.unauth)-1]; len(old) >= s.set.MaxStartups && len(old) > 0 {
+		victim = slices.MinFunc(old, func(a, b *conn) int { return a.progress() - b.progress() })
+		s.forget(victim)
 	}
 	s.mu.Unlock()
-	if oldest != nil {
-		oldest.end("MaxStartups: too many connections that have not logged in")
+	if victim != nil {
+		victim.end("MaxStartups: too many connections that have not logged in")
 	}
-	s.seen.connections.Inc()
 	c.log.Debug("connection opened")
 }
 
@@ -239,6 +240,7 @@ type conn struct {
 	in     atomic.Int64  // bytes read from the client
 
 	forwards *forwards
+	offered  atomic.Bool // it has named a key that may log in
 
 	// Of the first exchange, see greet; then read and written by the SSH library alone.
 	reader  *bufio.Reader // what greet has looked at
@@ -305,6 +307,17 @@ func (c *conn) stopGrace() {
 	if c.grace != nil {
 		c.grace.Stop()
 	}
+}
+
+// progress orders connections by how near they are to their login.
+func (c *conn) progress() int {
+	switch {
+	case c.offered.Load():
+		return 2
+	case c.in.Load() > 0:
+		return 1
+	}
+	return 0
 }
 
 // loggedIn records the completed login.

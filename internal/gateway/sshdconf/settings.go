@@ -71,6 +71,7 @@ type Settings struct {
 	DisableForwarding   bool
 	ClientAliveInterval time.Duration
 	ClientAliveCountMax int
+	RekeyBytes          uint64 // new keys after so many bytes in one direction; 0: as the cipher asks
 	Ciphers             string // lists as written, with an optional leading +, - or ^
 	MACs                string
 	KexAlgorithms       string
@@ -340,6 +341,7 @@ var keywords = map[string]keyword{
 	"streamlocalbindunlink":      {match: true, parse: yesno(func(s *Settings) *bool { return &s.StreamLocalUnlink })},
 	"clientaliveinterval":        {match: true, parse: duration(func(s *Settings) *time.Duration { return &s.ClientAliveInterval })},
 	"clientalivecountmax":        {match: true, parse: number(func(s *Settings) *int { return &s.ClientAliveCountMax }, 0)},
+	"rekeylimit":                 {match: true, parse: parseRekeyLimit},
 	"ciphers":                    {parse: text(func(s *Settings) *string { return &s.Ciphers })},
 	"macs":                       {parse: text(func(s *Settings) *string { return &s.MACs })},
 	"kexalgorithms":              {parse: text(func(s *Settings) *string { return &s.KexAlgorithms })},
@@ -405,7 +407,6 @@ var keywords = map[string]keyword{
 	"pidfile":                         {},
 	"protocol":                        {},
 	"rdomain":                         {match: true},
-	"rekeylimit":                      {match: true},
 	"rhostsrsaauthentication":         {match: true},
 	"rsaauthentication":               {},
 	"securitykeyprovider":             {},
@@ -490,6 +491,30 @@ func parseStartups(args []string) (func(*Settings), error) {
 		}
 	}
 	return func(s *Settings) { s.MaxStartups = n }, nil
+}
+
+// parseRekeyLimit reads an amount of data with an optional K, M or G, and a time, which is checked but has
+// no effect: the SSH library counts bytes only.
+func parseRekeyLimit(args []string) (func(*Settings), error) {
+	if len(args) < 1 || len(args) > 2 {
+		return nil, errors.New("want an amount of data, and at most a time")
+	}
+	var limit uint64
+	if a := strings.ToUpper(args[0]); a != "DEFAULT" {
+		digits := strings.TrimRight(a, "KMG")
+		n, err := strconv.ParseUint(digits, 10, 32)
+		shift, ok := map[string]int{"": 0, "K": 10, "M": 20, "G": 30}[a[len(digits):]]
+		limit = n << shift
+		if err != nil || !ok || limit != 0 && limit < 16 {
+			return nil, fmt.Errorf("bad amount of data %q: want default, or 16 or more bytes such as 512M or 1G", args[0])
+		}
+	}
+	if len(args) == 2 && !strings.EqualFold(args[1], "none") {
+		if _, err := parseTime(args[1]); err != nil {
+			return nil, err
+		}
+	}
+	return func(s *Settings) { s.RekeyBytes = limit }, nil
 }
 
 // parseTime reads the time formats of sshd_config(5): seconds, or numbers with s, m, h, d,
