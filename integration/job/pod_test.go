@@ -300,7 +300,7 @@ func (p *pod) checkNothingLeft() {
 	}
 	for _, e := range entries {
 		switch e.Name() {
-		case "image-root", "image.sqsh", "ready":
+		case "image-root", "image.sqsh", ".image.sqsh.index", ".image.sqsh.json", "ready":
 		default:
 			t.Errorf("left on the volume: %s", e.Name())
 		}

@@ -28,6 +28,7 @@ import (
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
+	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/s3test"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
@@ -209,7 +210,7 @@ func (l *lockedBuffer) String() string {
 
 func newPod(t *testing.T, lines ...string) *pod {
 	t.Helper()
-	p := &pod{t: t, dir: t.TempDir(), s3: s3test.Start(t), tune: tuning{probeTimeout: 20 * time.Second}}
+	p := &pod{t: t, dir: t.TempDir(), s3: s3test.Start(t), tune: tuning{probeTimeout: 2 * time.Minute}}
 	if len(lines) == 0 {
 		lines = []string{"file boot/vmlinuz 0644 kernel", "symlink boot/initrd /boot/initrd-6.1", "file boot/initrd-6.1 0644 initrd"}
 	}
@@ -523,6 +524,9 @@ func (p *pod) checkVolume() {
 		p.t.Error(err)
 	}
 	for _, e := range entries {
+		if slices.Contains(layout.Names(), e.Name()) {
+			continue // the init container's
+		}
 		if !slices.Contains([]string{"image-root", "build", "ready", "failed", "build_failed", "pod_error", "elsewhere"}, e.Name()) {
 			p.t.Errorf("left on the volume: %s", e.Name())
 		}

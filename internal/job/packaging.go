@@ -75,13 +75,20 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 
 // pack writes the image beside the root and returns it opened.
 func (r *run) pack(ctx context.Context, root *imageroot.Root) (*os.File, int64, error) {
-	src, err := squash.DirSource(root.FDPath(), squash.DirOptions{OneFileSystem: true})
+	opt := squash.Options{MemoryLimit: cgroupMemory() / 4}
+	dir := squash.DirOptions{OneFileSystem: true}
+	if base := r.openBase(); base != nil {
+		defer base.Close()
+		opt.Base, dir.Index = &squash.Base{Image: base.image}, base.index
+	}
+	src, err := squash.DirSource(root.FDPath(), dir)
 	if err != nil {
 		return nil, 0, err
 	}
 	defer src.Close()
 	bar := r.progress("packing", 0)
-	stats, err := squash.PackFile(ctx, src, r.packedPath(), squash.Options{MemoryLimit: cgroupMemory() / 4, Progress: bar.Update})
+	opt.Progress = bar.Update
+	stats, err := squash.PackFile(ctx, src, r.packedPath(), opt)
 	if err != nil {
 		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 			err = fmt.Errorf("%w; %s", err, moreSpace)
@@ -89,6 +96,7 @@ func (r *run) pack(ctx context.Context, root *imageroot.Root) (*os.File, int64, 
 		return nil, 0, err
 	}
 	bar.Finish()
+	r.logReuse(stats)
 	const most = 50
 	for i, w := range stats.Warnings {
 		if i == most {

@@ -5,7 +5,7 @@
 // the user.
 //
 // On the job's volume it makes image.sqsh, the download, and image-root, the
-// unpacked tree; each appears under its name only when it is complete. What
+// unpacked tree, with what package layout records of them; each appears under its name only when it is complete. What
 // an earlier run left under these names is removed first. The download stays,
 // readable by root alone and outside the root, because packing can copy the
 // blocks of unchanged files from it instead of compressing them again.
@@ -29,6 +29,7 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
 	"github.com/ims-buildenv/ims-buildenv/internal/imageroot"
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
+	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/progress"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 	"golang.org/x/sys/unix"
@@ -36,7 +37,6 @@ import (
 
 // Names on the job's volume.
 const (
-	ImageFile     = "image.sqsh"
 	partialImage  = ".image.sqsh.partial"
 	partialRoot   = ".image-root.partial"
 	imageFileMode = 0o600
@@ -155,12 +155,15 @@ func (r *run) fetch(ctx context.Context, src *source) error {
 		return fmt.Errorf("fetch %s: the MD5 sum of the %d bytes received is %s, IMS expects %s: the object in S3 was damaged or replaced; customize another image, or upload this one again",
 			src, d.size, sum, r.cfg.DownloadMD5)
 	}
-	return r.vol.Rename(partialImage, ImageFile)
+	if err := r.vol.Rename(partialImage, layout.Image); err != nil {
+		return err
+	}
+	return layout.Write(r.cfg.Parent, layout.Record{URLPath: src.url.Path, Size: d.size, MD5: d.md5()})
 }
 
 // unpack lays the image's root out.
 func (r *run) unpack(ctx context.Context, src *source) error {
-	f, err := r.vol.Open(ImageFile)
+	f, err := r.vol.Open(layout.Image)
 	if err != nil {
 		return err
 	}
@@ -184,9 +187,18 @@ func (r *run) unpack(ctx context.Context, src *source) error {
 	if err := r.vol.Rename(partialRoot, filepath.Base(r.cfg.ImageRoot())); err != nil {
 		return err
 	}
+	r.index(ctx, img)
 	r.log.Info("image root is ready", "root", r.cfg.ImageRoot(), "files", stats.Files, "dirs", stats.Dirs, "bytes", stats.Bytes)
 	r.checkBoot()
 	return nil
+}
+
+// index notes what is on disk now, so that packing need not read what the user
+// leaves alone. Without it packing takes longer, and that is all.
+func (r *run) index(ctx context.Context, img *squash.Image) {
+	if err := squash.WriteIndex(ctx, img, r.cfg.ImageRoot(), filepath.Join(r.cfg.Parent, layout.Index)); err != nil {
+		r.log.Warn("every file will be read again when the image is packed", "err", err)
+	}
 }
 
 // checkBoot tells the user before the work, not after it, that the image has

@@ -135,7 +135,7 @@ func TestPrepare(t *testing.T) {
 	if want := []string{"fetching_image"}; !slices.Equal(j.status.got, want) {
 		t.Errorf("statuses %q, want %q", j.status.got, want)
 	}
-	if got := j.left(t); !slices.Equal(got, []string{"image-root", "image.sqsh"}) {
+	if got := j.left(t); !slices.Equal(got, []string{".image.sqsh.index", ".image.sqsh.json", "image-root", "image.sqsh"}) {
 		t.Errorf("on the volume: %q", got)
 	}
 	info, err := os.Stat(filepath.Join(j.cfg.Parent, "image.sqsh"))
@@ -168,7 +168,7 @@ func TestPrepareAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	tree.Equal(t, dir, filepath.Join(j.cfg.Parent, "image-root"), tree.Seconds)
-	if got := j.left(t); !slices.Equal(got, []string{"image-root", "image.sqsh"}) {
+	if got := j.left(t); !slices.Equal(got, []string{".image.sqsh.index", ".image.sqsh.json", "image-root", "image.sqsh"}) {
 		t.Errorf("on the volume: %q", got)
 	}
 	after, err := tree.Take(outside)
