@@ -120,6 +120,7 @@ func TestForwarding(t *testing.T) {
 				o.root = imageRoot(t, "curl", "ssh-add")
 			}
 			j := start(t, o)
+			t.Logf("%s", regexp.MustCompile(`msg=jail level=\w+`).FindString(j.log.String()))
 			root := filepath.Join(j.parent, "image-root")
 			before, err := tree.Take(root)
 			if err != nil {
@@ -263,6 +264,17 @@ func TestForwardingAtShutdown(t *testing.T) {
 	}
 }
 
+// TestForwardingInChroot is TestForwarding with the pod's default capabilities, as far as the level of the jail asks.
+func TestForwardingInChroot(t *testing.T) {
+	testkit.NeedRoot(t)
+	testkit.NeedTool(t, "capsh")
+	cmd := exec.Command("capsh", "--drop=cap_sys_admin", "--", "-c", `exec "$0" "$@"`,
+		os.Args[0], "-test.v", "-test.run", "^TestForwarding$/^jailed$|^TestForwardingAtShutdown$")
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "level=chroot") {
+		t.Errorf("%v, %s", err, out)
+	}
+}
+
 // TestJump goes through the gateway to itself, with -J and with -W, and to where nobody listens.
 func TestJump(t *testing.T) {
 	j := start(t, options{})
@@ -306,7 +318,7 @@ func TestBindAddresses(t *testing.T) {
 
 // TestRemoteForward looks at what the client is told, and at the cancellation.
 func TestRemoteForward(t *testing.T) {
-	j := start(t, options{config: "GatewayPorts clientspecified"})
+	j := start(t, options{config: "GatewayPorts clientspecified\nStreamLocalBindUnlink yes\nStreamLocalBindMask 0111"})
 	c := j.dial()
 	type listen struct {
 		Host string
@@ -365,6 +377,17 @@ func TestRemoteForward(t *testing.T) {
 		}
 		if ok, _ := request("cancel-tcpip-forward", listen{host, got.Port}); ok {
 			t.Errorf("%q: cancelled twice", host)
+		}
+	}
+	j.awaitLog(`on="0.0.0.0:`)
+	// A socket in the place of another, with the mode that sshd_config asks for.
+	path := filepath.Join(t.TempDir(), "sock")
+	for range 2 {
+		if _, err := c.ListenUnix(path); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := os.Stat(path); err != nil || st.Mode() != os.ModeSocket|0o666 {
+			t.Errorf("socket: %v, %v", st, err)
 		}
 	}
 	if ok, _ := request("tcpip-forward", listen{"localhost", 1 << 16}); ok {
