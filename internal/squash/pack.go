@@ -38,8 +38,8 @@ type Options struct {
 	Progress func(done, total int64)
 
 	// MemoryLimit, in bytes, bounds the blocks in flight; zero means four per
-	// worker. The memory for metadata, some 300 bytes for each inode, comes on
-	// top of it.
+	// worker, or two of the larger sizes. The compressors' own memory and that
+	// for metadata, some 60 bytes for each inode, come on top of it.
 	MemoryLimit int64
 }
 

@@ -53,9 +53,13 @@ type pipeline struct {
 // queueLength is how far the stages may be apart in items without a block.
 const queueLength = 256
 
+// ampleBlocks is how many bytes of blocks are enough for any number of workers
+// that have two each.
+const ampleBlocks = 32 << 20
+
 func newPipeline(w *writer) *pipeline {
-	n := 4 * w.opt.Workers
 	perBlock := int64(2 * w.opt.BlockSize)
+	n := min(4*w.opt.Workers, max(2*w.opt.Workers, int(ampleBlocks/perBlock)))
 	if limit := w.opt.MemoryLimit; limit > 0 {
 		n = int(min(int64(n), max(limit/perBlock-int64(w.opt.Workers+1), 2)))
 	}
