@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -30,7 +31,11 @@ and holes. Nothing outside DIR is written, whatever the image holds. With an
   sidecar unpack --index image.index image.sqsh rootfs/`,
 		Args: exactly("IMAGE", "DIR"),
 		RunE: work(func(cmd *cobra.Command, args []string) error {
-			if index != "" && inside(index, args[1]) {
+			// DIR may not exist yet, and then neither does a directory below it.
+			if _, err := os.Stat(filepath.Dir(index)); index != "" && (err != nil || inside(index, args[1])) {
+				if err != nil {
+					return fmt.Errorf("--index: %w", err)
+				}
 				return fmt.Errorf("the index %s lies inside %s and would change it; write it somewhere else", index, args[1])
 			}
 			return withImage(args[0], func(img *squash.Image) error {
