@@ -3,7 +3,9 @@
 package clients
 
 import (
+	"bufio"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,6 +32,28 @@ func TestDropbear(t *testing.T) {
 		if code := p.end(); code != 0 || !strings.Contains(p.text(), "24 80\r\n") {
 			t.Errorf("on a terminal: %d, %q", code, p.text())
 		}
+		// Its own -L, to the gateway itself: what answers there is an SSH server.
+		shared.mu.Lock()
+		nextPort++
+		local := fmt.Sprintf("127.0.0.1:%d", nextPort)
+		shared.mu.Unlock()
+		tunnel := client("dbclient", "-N", "-y", "-y", "-i", key, "-p", g.port, "-L", local+":127.0.0.1:"+g.port, "root@127.0.0.1")
+		if err := tunnel.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			tunnel.Process.Kill()
+			tunnel.Wait()
+		}()
+		eventually(t, "the server's version through the tunnel", func() bool {
+			nc, err := net.Dial("tcp", local)
+			if err != nil {
+				return false
+			}
+			defer nc.Close()
+			line, _ := bufio.NewReader(nc).ReadString('\n')
+			return strings.HasPrefix(line, "SSH-2.0-")
+		})
 	})
 }
 

@@ -27,12 +27,17 @@ c = connect()
 assert run(c, "echo ~root && sleep 0") == (b"/root\n", b"", 0)
 assert run(c, "cat; echo err >&2; exit 42", b"in\0put") == (b"in\0put", b"err\n", 42)
 assert run(c, "printf 'a\\nb'; exit 3", get_pty=True)[2] == 3
-shell = c.invoke_shell(width=100, height=30)
-shell.sendall(b"stty size; exit 5\n")
+terminal = c.get_transport().open_session()
+terminal.get_pty("xterm", width=100, height=30)
+terminal.exec_command("stty size; read x; stty size; exit 5")
 text = b""
-while chunk := shell.recv(4096):
+while b"30 100" not in text:
+    text += terminal.recv(4096)
+terminal.resize_pty(width=101, height=31)
+terminal.sendall(b"\n")
+while chunk := terminal.recv(4096):
     text += chunk
-assert b"30 100" in text and shell.recv_exit_status() == 5, text
+assert b"31 101" in text and terminal.recv_exit_status() == 5, text
 
 sftp = c.open_sftp()
 sftp.chdir(there)
