@@ -99,8 +99,7 @@ var (
 
 // liveMetrics are read at the time of a scrape.
 type liveMetrics struct {
-	m    *metrics
-	root string // the image root
+	m *metrics
 }
 
 // Describe names them.
@@ -136,7 +135,7 @@ func (l liveMetrics) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(descReceived, prometheus.CounterValue, float64(in))
 	ch <- prometheus.MustNewConstMetric(descSent, prometheus.CounterValue, float64(out))
 	gauge(descActivity, time.Since(l.m.lastActivity()).Seconds())
-	if free, size, err := volume(l.root); err == nil {
+	if free, size, err := volume(l.m.srv.root); err == nil {
 		gauge(descFree, float64(free))
 		gauge(descSize, float64(size))
 	}
@@ -159,14 +158,14 @@ const (
 )
 
 // serve serves /metrics on addr until the server is closed, and nothing else there.
-func (m *metrics) serve(addr, root string, level jail.Level, log *slog.Logger) (*http.Server, net.Addr, error) {
+func (m *metrics) serve(addr string, level jail.Level, log *slog.Logger) (*http.Server, net.Addr, error) {
 	reg := prometheus.NewPedanticRegistry()
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "sshd_build_info", Help: "Always 1.",
 		ConstLabels: prometheus.Labels{"version": config.Version, "goversion": runtime.Version(), "jail": level.String()},
 	})
 	info.Set(1)
-	for _, c := range []prometheus.Collector{info, m.connections, m.logins, m.authFailures, m.sessions, m.duration, liveMetrics{m, root}} {
+	for _, c := range []prometheus.Collector{info, m.connections, m.logins, m.authFailures, m.sessions, m.duration, liveMetrics{m}} {
 		if err := reg.Register(c); err != nil {
 			return nil, nil, fmt.Errorf("metrics: %w", err)
 		}

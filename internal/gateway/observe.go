@@ -13,7 +13,7 @@ import (
 // not, so a container that has no place for it is no reason to fail the job.
 func (g *gate) observe() error {
 	if addr := g.set.MetricsListen; addr != "" {
-		srv, at, err := g.srv.seen.serve(addr, g.flags.Root, g.jail.Level(), g.log)
+		srv, at, err := g.srv.seen.serve(addr, g.jail.Level(), g.log)
 		if err != nil {
 			return err
 		}

@@ -100,10 +100,8 @@ func LoadSettings(cfg Config) (*sshdconf.Settings, error) {
 	for _, k := range set.Ignored {
 		cfg.Log.Debug("sshd_config keyword without effect", "keyword", k)
 	}
-	for name, command := range set.Subsystems {
-		if isSFTPServer(command) && strings.Contains(command, " ") {
-			cfg.Log.Warn("arguments of the SFTP server are ignored", "subsystem", name)
-		}
+	if err := checkSFTP(set, cfg.Log); err != nil {
+		return nil, err
 	}
 	return set, nil
 }
@@ -218,7 +216,7 @@ func (g *gate) start(ctx context.Context) (err error) {
 		g.jail.Stop(ctx, 0)
 		return err
 	}
-	g.srv.recorder = g.recorder
+	g.srv.recorder, g.srv.root = g.recorder, g.flags.Root
 	if err := g.observe(); err != nil {
 		g.jail.Stop(ctx, 0)
 		return err

@@ -33,6 +33,7 @@ type server struct {
 
 	recorder *recordings // of terminals; nil: none
 	last     lastLogin
+	root     string // the image root
 
 	ids    atomic.Uint64
 	mu     sync.Mutex

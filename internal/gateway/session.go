@@ -262,28 +262,6 @@ func (ss *session) startSubsystem(name string) (func(), error) {
 	return ss.start(jail.Exec, command)
 }
 
-// internalSFTP is the name sshd_config(5) gives the built-in SFTP server.
-const internalSFTP = "internal-sftp"
-
-// subsystem returns the command of a subsystem. sftp is always the built-in server: one in
-// the image is neither needed nor wanted, because it may be missing or of another
-// architecture.
-func (s *server) subsystem(name string) (string, bool) {
-	if name == "sftp" {
-		if c, ok := s.set.Subsystems[name]; !ok || isSFTPServer(c) {
-			return internalSFTP, true
-		}
-	}
-	c, ok := s.set.Subsystems[name]
-	return c, ok
-}
-
-// isSFTPServer recognises internal-sftp and any path to OpenSSH's sftp-server.
-func isSFTPServer(command string) bool {
-	prog, _, _ := strings.Cut(command, " ")
-	return prog == internalSFTP || prog[strings.LastIndexByte(prog, '/')+1:] == "sftp-server"
-}
-
 // start runs the session's one command and returns what to do after the reply.
 func (ss *session) start(kind jail.Kind, command string) (func(), error) {
 	if ss.started {
@@ -298,8 +276,8 @@ func (ss *session) start(kind jail.Kind, command string) (func(), error) {
 	case key.Forced:
 		ss.forced, original, req.Kind, req.Command = true, command, jail.Exec, key.Command
 	}
-	if req.Kind == jail.Exec && req.Command == internalSFTP {
-		req.Kind, req.Command, req.TTY = jail.SFTP, "", nil
+	if args, ok := sftpArguments(req.Command); ok && req.Kind == jail.Exec {
+		req.Kind, req.Command, req.TTY = jail.SFTP, args, nil
 	}
 	req.Env = ss.environment(original)
 	ss.started = true // whatever happens: a channel has one command
@@ -378,6 +356,7 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 	var stdin *os.File
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
+	var running process = proc
 	ss.proc, ss.kind, ss.command = proc, kind, cut(req.Command, shownCommand)
 	ss.interactive = req.Kind == jail.Shell && req.TTY != nil
 	if req.TTY != nil {
@@ -389,12 +368,17 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 		if ss.interactive {
 			ss.pumps[0].first = greeting(ss.c.srv.set, last, proc.Greeting())
 		}
+	} else if req.Kind == jail.SFTP {
+		stdin = ours[0]
+		ss.files = ours[:2]
+		ss.pumps = []*pump{newPump(ours[1], ss.out, ss.events)}
+		running = ss.logSFTP(proc, ours[2])
 	} else {
 		stdin = ours[0]
 		ss.files = ours
 		ss.pumps = []*pump{newPump(ours[1], ss.out, ss.events), newPump(ours[2], ss.traffic.writer(ss.ch.Stderr()), ss.events)}
 	}
-	return func() { ss.run(proc, stdin, req.TTY != nil) }, nil
+	return func() { ss.run(running, stdin, req.TTY != nil) }, nil
 }
 
 // exitNotExecutable is what a shell returns when a command cannot be executed (POSIX sh).

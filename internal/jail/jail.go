@@ -45,7 +45,9 @@ type Kind uint8
 const (
 	Shell Kind = iota + 1 // the user's login shell
 	Exec                  // $SHELL -c command
-	SFTP                  // an SFTP server on stdin and stdout; it exits with 0 at the end of its input
+	// SFTP is an SFTP server on stdin and stdout. It writes a line of JSON for each operation to stderr, a
+	// sftpserver.Record, and text when it fails; it exits with 0 at the end of its input.
+	SFTP
 )
 
 // Config describes the jail of one job.
@@ -60,7 +62,7 @@ type Config struct {
 // Request is one command to start inside the jail.
 type Request struct {
 	Kind    Kind
-	Command string   // Exec: given to the shell as it is
+	Command string   // Exec: given to the shell as it is; SFTP: arguments, see sftpserver.ParseOptions
 	Env     []string // KEY=value, weaker than Config.Env and the session's own HOME, USER, …
 	TTY     *TTY     // nil: no terminal, the three files are used; ignored for SFTP
 	// Stdin, Stdout and Stderr become the command's; nil means /dev/null. Spawn does not close them, and switches what

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -238,8 +239,11 @@ func (s *supervisor) execSelf(m *spawnMsg, acct *account, std [3]*os.File) (int,
 		return 0, err
 	}
 	argv := []string{"sshd", mode}
-	if m.kind == kindProbe {
+	switch m.kind {
+	case kindProbe:
 		argv = append(argv, m.command)
+	case SFTP:
+		argv = append(argv, strings.Fields(m.command)...)
 	}
 	program := "/proc/self/exe"
 	if s.self != nil {

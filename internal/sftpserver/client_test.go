@@ -26,7 +26,7 @@ const serveArg = "serve-sftp"
 
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == serveArg {
-		if err := Serve(os.Stdin, os.Stdout); err != nil {
+		if err := Serve(os.Stdin, os.Stdout, Options{}, nil); err != nil {
 			os.Stderr.WriteString(err.Error() + "\n")
 			os.Exit(1)
 		}
@@ -48,7 +48,7 @@ func TestGoClient(t *testing.T) {
 	ansR, ansW := pipe(t)
 	ended := make(chan error, 1)
 	go func() {
-		err := Serve(reqR, ansW)
+		err := Serve(reqR, ansW, Options{}, nil)
 		ansW.Close()
 		ended <- err
 	}()
@@ -172,7 +172,7 @@ func TestSSHFS(t *testing.T) {
 	reqW.Close()
 	ended := make(chan error, 1)
 	go func() {
-		err := Serve(reqR, ansW)
+		err := Serve(reqR, ansW, Options{}, nil)
 		ansW.Close()
 		ended <- err
 	}()

@@ -19,6 +19,7 @@ func (s *server) opendir(id uint32, p *packet) error {
 	if p.bad {
 		return errMalformed
 	}
+	s.record.Path = path
 	s.opened(id, path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
 	return nil
 }

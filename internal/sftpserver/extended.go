@@ -16,15 +16,23 @@ type extension struct {
 	do            func(s *server, id uint32, p *packet) error
 }
 
+// request is the extension's name in sftp-server(8).
+func (e *extension) request() string {
+	name, _, _ := strings.Cut(e.name, "@")
+	return name
+}
+
 // extensions are those of OpenSSH 9 (its file PROTOCOL, section 4), in the order in which it tells them. copy-data and
 // home-directory are from draft-ietf-secsh-filexfer-extensions-00.
 var extensions = []extension{
 	{"posix-rename@openssh.com", "1", func(s *server, id uint32, p *packet) error {
 		from, to := p.text(), p.text()
+		s.record.Path, s.record.Target = from, to
 		return s.act(id, p, func() error { return unix.Rename(from, to) })
 	}},
 	{"statvfs@openssh.com", "2", func(s *server, id uint32, p *packet) error {
 		path := p.text()
+		s.record.Path = path
 		return s.statvfs(id, p, func(st *unix.Statfs_t) error { return unix.Statfs(path, st) })
 	}},
 	{"fstatvfs@openssh.com", "2", func(s *server, id uint32, p *packet) error {
@@ -39,6 +47,7 @@ var extensions = []extension{
 	}},
 	{"hardlink@openssh.com", "1", func(s *server, id uint32, p *packet) error {
 		from, to := p.text(), p.text()
+		s.record.Path, s.record.Target = to, from
 		return s.act(id, p, func() error { return unix.Link(from, to) })
 	}},
 	{"fsync@openssh.com", "1", func(s *server, id uint32, p *packet) error {
@@ -48,16 +57,19 @@ var extensions = []extension{
 			if f == nil {
 				return &fault{codeNoSuchFile, errHandle.text}
 			}
+			s.record.Path = f.path
 			return unix.Fsync(f.fd)
 		})
 	}},
 	{"lsetstat@openssh.com", "1", func(s *server, id uint32, p *packet) error {
 		path, a := p.text(), p.attrs()
+		s.record.Path, s.record.Attrs = path, a.String()
 		return s.act(id, p, func() error { return a.apply(linkTarget(path)) })
 	}},
 	{"limits@openssh.com", "1", (*server).limits},
 	{"expand-path@openssh.com", "1", func(s *server, id uint32, p *packet) error {
 		path := p.text()
+		s.record.Path = path
 		return s.name(id, p, func() (string, error) { return s.expand(path) })
 	}},
 	{"copy-data", "1", (*server).copyData},
@@ -72,6 +84,9 @@ var extensions = []extension{
 func (s *server) version() {
 	s.begin(typeVersion, protocolVersion)
 	for _, e := range extensions {
+		if s.opts.refused(e.request()) {
+			continue
+		}
 		s.buf = appendString(s.buf, e.name)
 		s.buf = appendString(s.buf, e.version)
 	}
@@ -85,6 +100,11 @@ func (s *server) extended(id uint32, p *packet) error {
 	}
 	for _, e := range extensions {
 		if e.name == name {
+			s.beginRecord(e.request())
+			if s.opts.refused(e.request()) {
+				s.status(id, errRefused)
+				return nil
+			}
 			return e.do(s, id, p)
 		}
 	}
@@ -170,6 +190,7 @@ func (s *server) copyData(id uint32, p *packet) error {
 		s.status(id, errHandle)
 		return nil
 	}
+	s.record.Path, s.record.Target = r.path, w.path
 	s.status(id, copyFile(r, int64(at), length, w, int64(toAt)))
 	return nil
 }

@@ -18,7 +18,16 @@ func (s *server) open(id uint32, p *packet) error {
 	if a.flags&attrMode != 0 {
 		mode = a.mode & 0o7777
 	}
-	s.opened(id, path, openFlags(flags), mode)
+	s.record.Path, s.record.Flags = path, flagNames(flags)
+	if flags&openCreate != 0 {
+		s.record.Mode = octal(mode)
+	}
+	how := openFlags(flags)
+	if s.opts.ReadOnly && (how&unix.O_ACCMODE != unix.O_RDONLY || how&(unix.O_CREAT|unix.O_TRUNC) != 0) {
+		s.status(id, errRefused)
+		return nil
+	}
+	s.opened(id, path, how, mode)
 	return nil
 }
 
@@ -47,7 +56,7 @@ func openFlags(flags uint32) int {
 
 // opened opens path and answers with its handle.
 func (s *server) opened(id uint32, path string, how int, mode uint32) {
-	f := &openFile{appends: how&unix.O_APPEND != 0, dir: how&unix.O_DIRECTORY != 0}
+	f := &openFile{path: path, appends: how&unix.O_APPEND != 0, dir: how&unix.O_DIRECTORY != 0}
 	err := retry(func() (err error) {
 		f.fd, err = unix.Open(path, how|unix.O_CLOEXEC|unix.O_NOCTTY, mode)
 		return err
@@ -75,6 +84,7 @@ func (s *server) read(id uint32, p *packet) error {
 		s.status(id, errHandle)
 		return nil
 	}
+	s.failing, s.record.Path = f, f.path
 	length = min(length, maxData)
 	s.begin(typeData, id)
 	at := len(s.buf) + 4
@@ -92,6 +102,7 @@ func (s *server) read(id uint32, p *packet) error {
 		s.status(id, err)
 		return nil
 	}
+	f.read += int64(n)
 	s.buf = s.buf[:at+n]
 	binary.BigEndian.PutUint32(s.buf[at-4:], uint32(n))
 	s.end()
@@ -119,7 +130,12 @@ func (s *server) write(id uint32, p *packet) error {
 		s.status(id, errHandle)
 		return nil
 	}
-	s.status(id, f.write(data, int64(offset)))
+	s.failing, s.record.Path = f, f.path
+	err := f.write(data, int64(offset))
+	if err == nil {
+		f.written += int64(len(data))
+	}
+	s.status(id, err)
 	return nil
 }
 
@@ -155,6 +171,9 @@ func (s *server) stat(id uint32, p *packet, typ uint8) error {
 	var st unix.Stat_t
 	err := retry(func() error {
 		path := (&packet{b: appendString(nil, target)}).text()
+		if typ != typeFstat {
+			s.record.Path = path
+		}
 		switch typ {
 		case typeStat:
 			return unix.Stat(path, &st)
@@ -165,6 +184,7 @@ func (s *server) stat(id uint32, p *packet, typ uint8) error {
 		if f == nil {
 			return errHandle
 		}
+		s.record.Path = f.path
 		return unix.Fstat(f.fd, &st)
 	})
 	if err != nil {

@@ -17,6 +17,10 @@ const reservedFDs = 16
 // openFile is an open file or directory.
 type openFile struct {
 	fd       int
+	path     string // as the client named it, for the log; and what was moved, in bytes
+	read     int64
+	written  int64
+	failed   bool // a read or write failed, and the log has it
 	appends  bool // opened with O_APPEND
 	dir      bool
 	buf      []byte // of a directory: what was read last
@@ -74,6 +78,14 @@ func (h *handles) index(handle []byte) int {
 // file returns the open file behind a handle; nil when there is none, or a directory.
 func (h *handles) file(handle []byte) *openFile {
 	if i := h.index(handle); i >= 0 && !h.files[i].dir {
+		return h.files[i]
+	}
+	return nil
+}
+
+// any returns what is behind a handle, file or directory, or nil.
+func (h *handles) any(handle []byte) *openFile {
+	if i := h.index(handle); i >= 0 {
 		return h.files[i]
 	}
 	return nil

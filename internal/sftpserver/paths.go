@@ -13,12 +13,11 @@ const (
 	maxLoop = 32   // links in one path, as in OpenSSH
 )
 
-func mkdir(path string, a attrs) error {
-	mode := uint32(0o777)
+func mkdirMode(a attrs) uint32 {
 	if a.flags&attrMode != 0 {
-		mode = a.mode & 0o7777
+		return a.mode & 0o7777
 	}
-	return unix.Mkdir(path, mode)
+	return 0o777
 }
 
 // rename fails if to exists, even as a dangling link.

@@ -33,7 +33,7 @@ func newPeer(t testing.TB) *peer {
 	ansR, ansW := pipe(t)
 	ended := make(chan error, 1)
 	go func() {
-		err := Serve(reqR, ansW)
+		err := Serve(reqR, ansW, Options{}, nil)
 		ansW.Close()
 		ended <- err
 	}()

@@ -51,6 +51,7 @@ var (
 	errEOF         = &fault{codeEOF, "End of file"}
 	errUnsupported = &fault{codeUnsupported, "Operation unsupported"}
 	errHandle      = &fault{codeFailure, "Invalid handle"}
+	errRefused     = &fault{codePermissionDenied, "Not permitted by the server's configuration"}
 )
 
 // server is one session. It does one request after the other, in the order of their arrival: what clients expect of
@@ -62,15 +63,42 @@ type server struct {
 	init    bool   // the client has told its version
 	handles handles
 	names   names
+
+	opts    Options
+	log     io.Writer // nil: none
+	lost    int       // records it did not take
+	record  Record    // of the request under way
+	failing *openFile // the file it reads or writes
+	refused [256]bool // packet types, by opts
 }
 
 // Serve answers the requests read from in on out until the end of in, and closes what the client left open. It works on
 // the process's own file system: relative paths begin at its working directory, which the client takes for its home, and
-// its umask applies. The error is nil when in ends between two packets; otherwise it says why the session ended.
-func Serve(in io.Reader, out io.Writer) error {
-	s := &server{out: out, handles: newHandles(), names: newNames("/etc/passwd", "/etc/group")}
-	defer s.handles.closeAll()
+// its umask applies; Umask and Dir of opts are for the caller to apply. Each record of what is done is written to log in
+// one piece of at most MaxRecord bytes; one that log does not take at once is lost, and the next one that it takes tells
+// how many were. The error is nil when in ends between two packets; otherwise it says why the session ended.
+func Serve(in io.Reader, out io.Writer, opts Options, log io.Writer) error {
+	s := &server{out: out, handles: newHandles(), names: newNames("/etc/passwd", "/etc/group"), opts: opts, log: log}
+	for typ, name := range requestNames {
+		s.refused[typ] = name != "" && opts.refused(name)
+	}
+	defer s.closeAll()
 	return s.serve(in)
+}
+
+// closeAll closes what the client left open.
+func (s *server) closeAll() {
+	for _, f := range s.handles.files {
+		if f == nil {
+			continue
+		}
+		r := Record{}
+		if r.closed(f); !f.dir {
+			r.Op = "forced close"
+			s.tell(r)
+		}
+	}
+	s.handles.closeAll()
 }
 
 func (s *server) serve(in io.Reader) error {
@@ -86,7 +114,9 @@ func (s *server) serve(in io.Reader) error {
 				break
 			}
 			next := begin + 4 + int(n)
-			if err := s.request(packet{b: buf[begin+4 : next]}); err != nil {
+			err := s.request(packet{b: buf[begin+4 : next]})
+			s.endRecord()
+			if err != nil {
 				return errors.Join(err, s.flush())
 			}
 			begin = next
@@ -142,12 +172,23 @@ func (s *server) request(p packet) error {
 	if !s.init {
 		return fmt.Errorf("%w: request %d before the version", errMalformed, typ)
 	}
+	s.beginRecord(requestNames[typ])
+	if s.refused[typ] {
+		s.status(id, errRefused)
+		return nil
+	}
+	r := &s.record
 	switch typ {
 	case typeOpen:
 		return s.open(id, &p)
 	case typeClose:
 		h := p.bytes()
-		return s.act(id, &p, func() error { return s.handles.close(h) })
+		return s.act(id, &p, func() error {
+			if f := s.handles.any(h); f != nil {
+				r.closed(f)
+			}
+			return s.handles.close(h)
+		})
 	case typeRead:
 		return s.read(id, &p)
 	case typeWrite:
@@ -156,6 +197,7 @@ func (s *server) request(p packet) error {
 		return s.stat(id, &p, typ)
 	case typeSetstat:
 		path, a := p.text(), p.attrs()
+		r.Path, r.Attrs = path, a.String()
 		return s.act(id, &p, func() error { return a.apply(pathTarget(path)) })
 	case typeFsetstat:
 		h, a := p.bytes(), p.attrs()
@@ -164,6 +206,7 @@ func (s *server) request(p packet) error {
 			if f == nil {
 				return errHandle
 			}
+			r.Path, r.Attrs = f.path, a.String()
 			return a.apply(fdTarget(f.fd))
 		})
 	case typeOpendir:
@@ -172,25 +215,32 @@ func (s *server) request(p packet) error {
 		return s.readdir(id, &p)
 	case typeRemove:
 		path := p.text()
+		r.Path = path
 		return s.act(id, &p, func() error { return unix.Unlink(path) })
 	case typeMkdir:
 		path, a := p.text(), p.attrs()
-		return s.act(id, &p, func() error { return mkdir(path, a) })
+		r.Path, r.Mode = path, octal(mkdirMode(a))
+		return s.act(id, &p, func() error { return unix.Mkdir(path, mkdirMode(a)) })
 	case typeRmdir:
 		path := p.text()
+		r.Path = path
 		return s.act(id, &p, func() error { return unix.Rmdir(path) })
 	case typeRealpath:
 		path := p.text()
+		r.Path = path
 		return s.name(id, &p, func() (string, error) { return realpath(path) })
 	case typeRename:
 		from, to := p.text(), p.text()
+		r.Path, r.Target = from, to
 		return s.act(id, &p, func() error { return rename(from, to) })
 	case typeReadlink:
 		path := p.text()
+		r.Path = path
 		return s.name(id, &p, func() (string, error) { return readlink(path) })
 	case typeSymlink:
 		// OpenSSH has the two in the order of symlink(2), the draft in the other one; clients follow OpenSSH.
 		target, link := p.text(), p.text()
+		r.Path, r.Target = link, target
 		return s.act(id, &p, func() error { return unix.Symlink(target, link) })
 	case typeExtended:
 		return s.extended(id, &p)
@@ -245,6 +295,7 @@ func (s *server) uint64(v uint64) { s.buf = binary.BigEndian.AppendUint64(s.buf,
 // alone does not tell a full disk from a directory that is not empty.
 func (s *server) status(id uint32, err error) {
 	code, text := describe(err)
+	s.record.fault(err, code, text)
 	s.begin(typeStatus, id)
 	s.uint32(code)
 	s.buf = appendString(s.buf, text)

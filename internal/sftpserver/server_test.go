@@ -140,7 +140,7 @@ func TestMalformed(t *testing.T) {
 		"no end":             {nil, nil},
 	} {
 		var out bytes.Buffer
-		if err := Serve(bytes.NewReader(append(hello[:len(hello):len(hello)], c.input...)), &out); !errors.Is(err, c.want) {
+		if err := Serve(bytes.NewReader(append(hello[:len(hello):len(hello)], c.input...)), &out, Options{}, nil); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if b := out.Bytes(); len(b) < 5 || b[4] != typeVersion || int(binary.BigEndian.Uint32(b)) != len(b)-4 {
@@ -148,7 +148,7 @@ func TestMalformed(t *testing.T) {
 		}
 	}
 	var out bytes.Buffer
-	if err := Serve(bytes.NewReader(request(typeMkdir, uint32(1), "early", none)), &out); !errors.Is(err, errMalformed) || out.Len() != 0 {
+	if err := Serve(bytes.NewReader(request(typeMkdir, uint32(1), "early", none)), &out, Options{}, nil); !errors.Is(err, errMalformed) || out.Len() != 0 {
 		t.Errorf("before the version: %v, answer %q", err, out.Bytes())
 	}
 	if left, err := filepath.Glob("*"); err != nil || len(left) != 0 {
