@@ -89,7 +89,7 @@ type supervisor struct {
 	onMain chan func()
 
 	mu       sync.Mutex // held from before a fork until the pid is registered, and while reaping
-	running  map[int]uint32
+	running  map[int]child
 	pids     map[uint32]int
 	stopping bool
 
@@ -97,6 +97,12 @@ type supervisor struct {
 	hurry    chan struct{}
 	stopped  chan struct{}
 	result   stoppedMsg
+}
+
+// child is a command that has not been reaped.
+type child struct {
+	id  uint32
+	tty *os.File // its terminal, nil without one: closing that does nothing
 }
 
 func initMain() error {
@@ -116,7 +122,7 @@ func initMain() error {
 	signal.Notify(chld, unix.SIGCHLD)
 
 	s := &supervisor{
-		conn: c, onMain: make(chan func()), running: make(map[int]uint32), pids: make(map[uint32]int),
+		conn: c, onMain: make(chan func()), running: make(map[int]child), pids: make(map[uint32]int),
 		hurry: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	p, err := c.recv()
@@ -340,10 +346,11 @@ func (s *supervisor) reapNow() (childless bool) {
 			childless = errors.Is(err, unix.ECHILD)
 			break
 		}
-		if id, ok := s.running[pid]; ok {
+		if c, ok := s.running[pid]; ok {
 			delete(s.running, pid)
-			delete(s.pids, id)
-			ends = append(ends, end{id, ws})
+			delete(s.pids, c.id)
+			c.tty.Close()
+			ends = append(ends, end{c.id, ws})
 		}
 	}
 	s.mu.Unlock()

@@ -437,3 +437,18 @@ func BenchmarkSpawn(b *testing.B) {
 		})
 	}
 }
+
+// TestClosedTerminal promises that a command may close its terminal before it ends, as coreutils do on their way out.
+func TestClosedTerminal(t *testing.T) {
+	eachLevel(t, func(t *testing.T, level Level) {
+		j := startJail(t, Config{Root: newRoot(t), Level: level})
+		p, err := j.Spawn(Request{Kind: Exec, Command: "trap 'exit 9' HUP; exec <&- >&- 2>&-; sleep 0.2; exit 3", TTY: &TTY{}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		readPTY(p)
+		if e := p.Wait(); e != (Exit{Code: 3}) {
+			t.Errorf("%+v, want 3", e)
+		}
+	})
+}

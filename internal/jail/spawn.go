@@ -44,7 +44,6 @@ func (s *supervisor) spawn(id uint32, m *spawnMsg, files []*os.File) {
 			return
 		}
 		defer master.Close()
-		defer slave.Close()
 		std = [3]*os.File{slave, slave, slave}
 	} else {
 		null, err := s.stdio(m, files, &std)
@@ -71,7 +70,7 @@ func (s *supervisor) spawn(id uint32, m *spawnMsg, files []*os.File) {
 	if m.kind == Shell && m.tty != nil {
 		hello = s.greeting(&acct)
 	}
-	s.start(id, start, hello, answers, std[2])
+	s.start(id, start, hello, answers, std[2], slave)
 }
 
 // maxMotd bounds what is shown of the message of the day.
@@ -87,13 +86,16 @@ func (s *supervisor) greeting(acct *account) (g Greeting) {
 }
 
 // start runs fork on the right thread, registers the child and answers. What the user's own files are to blame for is
-// told on stderr and by the exit code, as a shell would.
-func (s *supervisor) start(id uint32, fork func() (int, error), hello Greeting, answers []*os.File, stderr *os.File) {
+// told on stderr and by the exit code, as a shell would. The terminal stays open until the child has been reaped: many
+// programs close their three files before they exit, and the hang-up of whoever saw the end of the terminal then would
+// kill them.
+func (s *supervisor) start(id uint32, fork func() (int, error), hello Greeting, answers []*os.File, stderr, tty *os.File) {
 	done := make(chan struct{})
 	s.onMain <- func() {
 		defer close(done)
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		defer func() { tty.Close() }() // a nil one, too
 		if s.stopping {
 			s.refuse(id, errStopping)
 			return
@@ -102,7 +104,8 @@ func (s *supervisor) start(id uint32, fork func() (int, error), hello Greeting, 
 		var ee *execError
 		switch {
 		case err == nil:
-			s.running[pid], s.pids[id] = id, pid
+			s.running[pid], s.pids[id] = child{id, tty}, pid
+			tty = nil
 			s.answer(opStarted, id, &startedMsg{pid: uint32(pid), greeting: hello}, answers...)
 		case errors.As(err, &ee):
 			fmt.Fprintf(stderr, "sshd: %v\n", ee)
