@@ -33,10 +33,12 @@ func certAlgorithm(signature string) string {
 	return strings.TrimSuffix(signature, "@openssh.com") + "-cert-v01@openssh.com"
 }
 
-// chooseAlgorithms offers what the SSH library holds secure, less HMAC-SHA1, changed by
-// the lists in sshd_config.
+// chooseAlgorithms offers what the SSH library holds secure, less HMAC-SHA1 and key exchange
+// over the NIST curves, which every client has a better one for, changed by the lists in
+// sshd_config. MACs that are not encrypt-then-MAC stay for libssh2 below 1.11 (curl).
 func chooseAlgorithms(set *sshdconf.Settings) (a algorithms, err error) {
 	sup := ssh.SupportedAlgorithms()
+	kex := slices.DeleteFunc(slices.Clone(sup.KeyExchanges), func(k string) bool { return strings.HasPrefix(k, "ecdh-sha2-nistp") })
 	macs := slices.DeleteFunc(slices.Clone(sup.MACs), func(m string) bool { return m == ssh.HMACSHA1 })
 	var pubkeys []string
 	for _, p := range sup.PublicKeyAuths {
@@ -47,7 +49,7 @@ func chooseAlgorithms(set *sshdconf.Settings) (a algorithms, err error) {
 		base, all  []string
 		to         *[]string
 	}{
-		{"KexAlgorithms", set.KexAlgorithms, sup.KeyExchanges, sup.KeyExchanges, &a.kex},
+		{"KexAlgorithms", set.KexAlgorithms, kex, sup.KeyExchanges, &a.kex},
 		{"Ciphers", set.Ciphers, sup.Ciphers, sup.Ciphers, &a.ciphers},
 		{"MACs", set.MACs, macs, sup.MACs, &a.macs},
 		{"PubkeyAcceptedAlgorithms", set.PubkeyAlgorithms, pubkeys, pubkeys, &a.accepted},

@@ -4,10 +4,7 @@ package gateway
 
 import (
 	"bytes"
-	"crypto"
-	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/pem"
 	"errors"
@@ -24,7 +21,7 @@ import (
 )
 
 // hostKeys returns the server's identity: the HostKey files of sshd_config when there are
-// any, of which each must be readable, else keys of our own, made once and kept in dir.
+// any, of which each must be usable, else a key of our own, made once and kept in dir.
 func hostKeys(set *sshdconf.Settings, dir string, log *slog.Logger) ([]ssh.Signer, error) {
 	var keys []ssh.Signer
 	for _, f := range set.HostKeys {
@@ -35,11 +32,11 @@ func hostKeys(set *sshdconf.Settings, dir string, log *slog.Logger) ([]ssh.Signe
 		keys = append(keys, k)
 	}
 	if len(keys) == 0 {
-		own, err := ownHostKeys(dir)
+		own, err := ownHostKey(dir)
 		if err != nil {
 			return nil, err
 		}
-		keys = own
+		keys = []ssh.Signer{own}
 	}
 	for _, k := range keys {
 		log.Info("host key", "type", k.PublicKey().Type(), "fingerprint", ssh.FingerprintSHA256(k.PublicKey()))
@@ -49,6 +46,7 @@ func hostKeys(set *sshdconf.Settings, dir string, log *slog.Logger) ([]ssh.Signe
 		if err != nil {
 			return nil, err
 		}
+		log.Info("host certificate", "file", f)
 		keys = append(keys, c)
 	}
 	return keys, nil
@@ -58,6 +56,11 @@ func loadHostKey(path string) (ssh.Signer, error) {
 	text, err := readBounded(path, 1<<20)
 	if err != nil {
 		return nil, fmt.Errorf("HostKey: %w: mount the key, or leave HostKey out to have one made", err)
+	}
+	if st, err := os.Stat(path); err != nil {
+		return nil, fmt.Errorf("HostKey: %w", err)
+	} else if st.Mode().Perm()&0o077 != 0 { // as sshd does
+		return nil, fmt.Errorf("HostKey %s: mode %04o lets others read it: chmod it to 0600, or mount its secret with defaultMode 0400", path, st.Mode().Perm())
 	}
 	raw, err := ssh.ParseRawPrivateKey(text)
 	if err != nil {
@@ -99,45 +102,27 @@ func certify(path string, keys []ssh.Signer) (ssh.Signer, error) {
 	return nil, fmt.Errorf("HostCertificate %s: no HostKey has the key it certifies", path)
 }
 
-// ownHostKeys loads or makes an ed25519 and an ECDSA key in dir. RSA is left out: every
-// client since 2014 knows one of these, and making an RSA key costs the start a second.
-func ownHostKeys(dir string) ([]ssh.Signer, error) {
+// ownHostKey loads or makes an ed25519 key in dir. It is the only one: OpenSSH knows the kind
+// since 2014 and every other client of today does, ECDSA over a NIST curve is what ssh-audit
+// and others advise against, and making an RSA key takes a second. Clients in FIPS mode,
+// which have no ed25519, need a HostKey.
+func ownHostKey(dir string) (ssh.Signer, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("host keys: %w", err)
+		return nil, fmt.Errorf("host key: %w", err)
 	}
-	makers := []struct {
-		name string
-		make func() (crypto.PrivateKey, error)
-	}{
-		{"ssh_host_ed25519_key", func() (crypto.PrivateKey, error) {
-			_, k, err := ed25519.GenerateKey(rand.Reader)
-			return k, err
-		}},
-		{"ssh_host_ecdsa_key", func() (crypto.PrivateKey, error) {
-			return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		}},
-	}
-	var keys []ssh.Signer
-	for _, m := range makers {
-		path := filepath.Join(dir, m.name)
-		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-			raw, err := m.make()
-			if err != nil {
-				return nil, fmt.Errorf("make host key: %w", err)
-			}
-			block, err := ssh.MarshalPrivateKey(raw, "ims-buildenv")
-			if err != nil {
-				return nil, fmt.Errorf("make host key: %w", err)
-			}
-			if err := renameio.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
-				return nil, fmt.Errorf("keep host key: %w", err)
-			}
-		}
-		k, err := loadHostKey(path)
+	path := filepath.Join(dir, "ssh_host_ed25519_key")
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		_, raw, err := ed25519.GenerateKey(rand.Reader)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("make host key: %w", err)
 		}
-		keys = append(keys, k)
+		block, err := ssh.MarshalPrivateKey(raw, "ims-buildenv")
+		if err != nil {
+			return nil, fmt.Errorf("make host key: %w", err)
+		}
+		if err := renameio.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
+			return nil, fmt.Errorf("keep host key: %w", err)
+		}
 	}
-	return keys, nil
+	return loadHostKey(path)
 }
