@@ -44,7 +44,7 @@ test: build ## Run everything: unit, fuzz seeds, integration with real tools (in
 	$(MAKE) --no-print-directory lint test-unit fuzz test-integration
 
 test-unit: deps-build ## Package tests with the race detector (root adds the tests that need it)
-	go test -race $(GOTESTFLAGS) ./cmd/... ./internal/...
+	go test -race -timeout 30m $(GOTESTFLAGS) ./cmd/... ./internal/...
 
 test-integration: build ## Black-box tests of the built binaries with real clients, mounts and pods
 	@scripts/deps.sh demo test
