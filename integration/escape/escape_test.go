@@ -72,8 +72,7 @@ type column struct {
 var columns = []column{
 	{name: "namespaces", ours: true, privileged: true},
 	{name: "chroot", ours: true, conceded: map[string]string{
-		"signal":  "without a PID namespace root may signal the container's processes; see TestSignals for what that gets it",
-		"keyring": "without a filter of system calls, which takes CAP_SYS_ADMIN, root has the keyrings of uid 0",
+		"signal": "without a PID namespace root may signal the container's processes; see TestSignals for what that gets it",
 	}},
 	{name: "OpenSSH", falls: []string{"chroot", "chroot-held", "raw-socket", "signal", "capabilities"}},
 	{name: "OpenSSH privileged", privileged: true, falls: []string{"chroot", "chroot-held", "proc-links", "ptrace", "mount", "mknod", "setns", "signal"}},

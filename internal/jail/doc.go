@@ -23,7 +23,7 @@
 //	/dev         null zero full random    the same but mqueue *       the container's
 //	             urandom tty pts shm
 //	             mqueue, nothing else
-//	system calls no user namespaces, no   the container's             the container's
+//	system calls no user namespaces, no   the same                    the container's
 //	             keyrings, no bpf, …
 //
 // What is marked * takes mounting, and the Chroot level is for containers that may not mount. It has a child in a user
@@ -61,11 +61,11 @@
 //   - Paths inside the root are resolved inside it, by descriptor; of its files only regular ones are read, up to a size.
 //   - The network is the pod's in every level; abstract sockets are shared.
 //   - In the Chroot level root can signal any process of the container and change its priority, the gateway included: it
-//     can end its job that way, but not have it packed (as PID 1 the gateway is immune to SIGKILL and SIGSTOP). It can
-//     use the node's keyrings. It cannot trace them: they hold CAP_SYS_CHROOT, it does not. A root process of the
+//     can end its job that way, but not have it packed (as PID 1 the gateway is immune to SIGKILL and SIGSTOP).
+//     It cannot trace them: they hold CAP_SYS_CHROOT, it does not. A root process of the
 //     container that has no more capabilities than a session would be at its mercy: the proof fails if there is one.
-//   - In the Chroot level set-uid programs and file capabilities give a user other than root nothing, since the kernel
-//     takes mounts of another namespace for nosuid. Root's own sudo, su and become work. The bare chroot has no such limit.
+//   - In the Chroot level set-uid programs and file capabilities give a user other than root nothing: without
+//     CAP_SYS_ADMIN system calls can only be filtered with no_new_privs. Root's own sudo, su and become work.
 //   - In the levels without a PID namespace processes could fork faster than they are found. Stop tries hard, and has
 //     proof when it succeeds (init has no children left); otherwise it returns an error, and the root is not to be packed.
 package jail

@@ -33,6 +33,9 @@ func TestNothingInherited(t *testing.T) {
 			"shell":            {Kind: Shell},
 			"sftp":             {Kind: SFTP},
 		} {
+			if level == Plain && req.Kind == Shell {
+				continue // it does what this machine's profile says
+			}
 			t.Run(name, func(t *testing.T) { inherited(t, j, req) })
 		}
 	})

@@ -314,10 +314,10 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 	if s.caps, err = boundThread(keep); err != nil {
 		return nil, err
 	}
-	if s.level == Namespaces {
-		err = filterThread(runtime.GOARCH)
+	if s.level == Chroot {
+		return notes, sealThread(runtime.GOARCH)
 	}
-	return notes, err
+	return notes, filterThread(runtime.GOARCH)
 }
 
 // reap collects every child that ends: commands and whatever was orphaned inside the jail.

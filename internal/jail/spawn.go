@@ -315,6 +315,9 @@ func enterMain() error {
 	if _, err := boundThread(caps); err != nil {
 		return err
 	}
+	if err := sealThread(runtime.GOARCH); err != nil {
+		return err
+	}
 	argv := append([]string{os.Args[0]}, os.Args[3:]...)
 	return fmt.Errorf("execute own program: %w", execFD(self, argv, os.Environ()))
 }

@@ -49,6 +49,7 @@ var attacks = []struct {
 	{"setns", "join another namespace", setns},
 	{"unshare", "make a namespace", unshare},
 	{"userns", "make a user namespace and be root of it", userns},
+	{"owned-userns", "join a user namespace that root made before", ownedNamespace},
 	{"handle", "open a file by handle, past all directories", handle},
 	{"mknod", "make and open the node of a disk, or of memory", mknod},
 	{"device-nodes", "open a disk's node that is there", deviceNodes},
