@@ -397,7 +397,10 @@ func (ss *session) tooLong() {
 // run starts the goroutines of a running command.
 func (ss *session) run(proc process, stdin *os.File, tty bool) {
 	for _, p := range ss.pumps {
-		go p.run()
+		go func() {
+			defer ss.c.guard("session output")
+			p.run()
+		}()
 	}
 	go func() {
 		defer ss.c.guard("session input")
