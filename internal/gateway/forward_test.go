@@ -443,6 +443,7 @@ func TestForwardingLeaksNothing(t *testing.T) {
 	}
 	defer silent.Close()
 	dir := t.TempDir()
+	rounds := 0
 	round := func() {
 		c, err := j.dialAs("root", j.key)
 		if err != nil {
@@ -487,6 +488,8 @@ func TestForwardingLeaksNothing(t *testing.T) {
 		}
 		c.Close()
 		io.ReadAll(theirs)
+		rounds++ // of four forwardings; this target neither writes nor hangs up
+		eventually(t, "all have ended", func() bool { return strings.Count(j.log.String(), "forward ended") == 4*rounds })
 		theirs.Close()
 		eventually(t, "the socket is gone", func() bool { _, err := os.Lstat(filepath.Join(dir, "sock")); return err != nil })
 	}
