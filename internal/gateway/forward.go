@@ -95,6 +95,13 @@ func (f *forwards) put() {
 	f.open--
 }
 
+// count returns how many connections are forwarded, and how many forwardings listen.
+func (f *forwards) count() (open, listening int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.open, len(f.listeners)
+}
+
 // close ends the listeners; forwarded connections end with their channels.
 func (f *forwards) close() {
 	f.mu.Lock()

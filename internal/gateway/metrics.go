@@ -90,6 +90,7 @@ func (m *metrics) lastActivity() time.Time {
 var (
 	descConnections = prometheus.NewDesc("sshd_connections", "Open connections.", []string{"state"}, nil)
 	descSessions    = prometheus.NewDesc("sshd_sessions", "Open sessions.", []string{"kind"}, nil)
+	descForwarded   = prometheus.NewDesc("sshd_forwarded_connections", "Open forwarded connections.", nil, nil)
 	descReceived    = prometheus.NewDesc("sshd_received_bytes_total", "Bytes received from clients.", nil, nil)
 	descSent        = prometheus.NewDesc("sshd_sent_bytes_total", "Bytes sent to clients.", nil, nil)
 	descActivity    = prometheus.NewDesc("sshd_last_activity_seconds", "Seconds since a session moved data, started or ended.", nil, nil)
@@ -104,7 +105,7 @@ type liveMetrics struct {
 
 // Describe names them.
 func (l liveMetrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descConnections, descSessions, descReceived, descSent, descActivity, descFree, descSize} {
+	for _, d := range []*prometheus.Desc{descConnections, descSessions, descForwarded, descReceived, descSent, descActivity, descFree, descSize} {
 		ch <- d
 	}
 }
@@ -117,10 +118,13 @@ func (l liveMetrics) Collect(ch chan<- prometheus.Metric) {
 	in, out := l.m.bytes()
 	states := map[bool]int{}
 	open := map[string]int{}
+	forwarded := 0
 	for _, c := range l.m.srv.snapshot() {
 		c.mu.Lock()
 		states[c.login != nil]++
 		c.mu.Unlock()
+		n, _ := c.forwards.count()
+		forwarded += n
 		for _, ss := range c.sessionList() {
 			if kind := ss.describe().Kind; kind != "" {
 				open[kind]++
@@ -132,6 +136,7 @@ func (l liveMetrics) Collect(ch chan<- prometheus.Metric) {
 	for _, k := range kinds {
 		gauge(descSessions, float64(open[k]), k)
 	}
+	gauge(descForwarded, float64(forwarded))
 	ch <- prometheus.MustNewConstMetric(descReceived, prometheus.CounterValue, float64(in))
 	ch <- prometheus.MustNewConstMetric(descSent, prometheus.CounterValue, float64(out))
 	gauge(descActivity, time.Since(l.m.lastActivity()).Seconds())

@@ -56,9 +56,14 @@ func TestMetrics(t *testing.T) {
 		`sshd_build_info{goversion="go`, `sshd_connections_total 3`, `sshd_connections{state="authenticated"} 1`,
 		`sshd_connections{state="unauthenticated"} 1`, `sshd_logins_total 1`, `sshd_auth_failures_total 1`,
 		`sshd_sessions{kind="shell"} 1`, `sshd_sessions{kind="exec"} 0`, `sshd_sessions_total{kind="exec"} 2`,
-		`sshd_exec_duration_seconds_count 2`, `sshd_volume_free_bytes `, `sshd_last_activity_seconds `,
+		`sshd_forwarded_connections 0`, `sshd_exec_duration_seconds_count 2`, `sshd_volume_free_bytes `, `sshd_last_activity_seconds `,
 	}
 	var body string
+	defer func() {
+		if t.Failed() {
+			t.Log(body)
+		}
+	}()
 	eventually(t, "the metrics are these", func() bool {
 		_, body = get(t, url)
 		for _, w := range want {

@@ -152,6 +152,7 @@ func (s *server) add(c *conn) {
 	if victim != nil {
 		victim.end("MaxStartups: too many connections that have not logged in")
 	}
+	s.seen.connections.Inc()
 	c.log.Debug("connection opened")
 }
 

@@ -68,6 +68,8 @@ type connStatus struct {
 	Idle          int64           `json:"idle"` // since one of its sessions moved data or ended
 	In            int64           `json:"bytes_in"`
 	Out           int64           `json:"bytes_out"`
+	Forwarded     int             `json:"forwarded"` // connections, and
+	Listening     int             `json:"listening"` // sockets for them
 	Sessions      []sessionStatus `json:"sessions"`
 }
 
@@ -101,6 +103,7 @@ func (c *conn) describe() connStatus {
 		ID: c.name(), Peer: c.RemoteAddr().String(), Since: c.opened.UTC(), Age: int64(time.Since(c.opened).Seconds()),
 		In: c.in.Load(), Out: c.out.Load(), Sessions: []sessionStatus{},
 	}
+	d.Forwarded, d.Listening = c.forwards.count()
 	c.mu.Lock()
 	last := c.opened
 	if c.lastEnd.After(last) {

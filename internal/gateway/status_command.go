@@ -132,7 +132,11 @@ func (st *status) print(w io.Writer) error {
 			key = plain(strings.TrimSpace(cut(c.Comment, 32) + " " + cut(c.Key, 19)))
 		}
 		if len(c.Sessions) == 0 {
-			fmt.Fprintf(t, "%s\t%s\t%s\t-\t-\t%s\t%s\t%s\t%s\t-\t\n", c.ID, c.Peer, key, span(c.Age), span(c.Idle), size(c.In), size(c.Out))
+			kind := "-"
+			if c.Forwarded+c.Listening > 0 {
+				kind = "forward"
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t-\t%s\t%s\t%s\t%s\t-\t\n", c.ID, c.Peer, key, kind, span(c.Age), span(c.Idle), size(c.In), size(c.Out))
 		}
 		for _, s := range c.Sessions {
 			tty, kind := "no", s.Kind
