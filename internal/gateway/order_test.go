@@ -65,7 +65,13 @@ func (ended) PTY() *os.File                  { return nil }
 func (ended) Resize(_, _, _, _ uint32) error { return nil }
 func (ended) Signal(unix.Signal) error       { return nil }
 func (p ended) Wait() jail.Exit              { return p.exit }
-func testConn(s *server) *conn               { return &conn{srv: s, log: s.log, sessions: map[*session]struct{}{}} }
+
+func testConn(s *server) *conn {
+	c := &conn{srv: s, log: s.log, sessions: map[*session]struct{}{}}
+	c.forwards = &forwards{c: c}
+	return c
+}
+
 func quietServer() *server {
 	s := &server{log: slog.New(slog.DiscardHandler)}
 	s.seen = newMetrics(s)
