@@ -38,7 +38,7 @@ func TestCodecRoundTrip(t *testing.T) {
 	for _, tc := range []struct {
 		c     Compressor
 		level int
-	}{{Gzip, 0}, {Gzip, 1}, {Gzip, 9}, {Zstd, 0}, {Zstd, 1}, {Zstd, 22}, {LZ4, 0}, {LZ4, 1}, {LZ4, maxLZ4Level}, {XZ, 0}, {XZ, 1}, {XZ, 9}} {
+	}{{Gzip, 0}, {Gzip, 1}, {Gzip, 9}, {Zstd, 0}, {Zstd, 1}, {Zstd, 15}, {Zstd, 22}, {LZ4, 0}, {LZ4, 1}, {LZ4, maxLZ4Level}, {XZ, 0}, {XZ, 1}, {XZ, 9}} {
 		comp, err := newCompressor(Options{Compressor: tc.c, Level: tc.level, BlockSize: DefaultBlockSize})
 		if err != nil {
 			t.Fatal(err)
