@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime/debug"
 	"slices"
 	"syscall"
 	"time"
@@ -70,6 +71,7 @@ func (s side) run(ctx context.Context) (figures, error) {
 		}
 	}
 	var out bytes.Buffer
+	resetPeak()
 	cmd := exec.CommandContext(ctx, s.argv[0], s.argv[1:]...)
 	cmd.Stdout, cmd.Stderr = nil, &out
 	start := time.Now()
@@ -90,6 +92,13 @@ func (s side) run(ctx context.Context) (figures, error) {
 		f.bytes = st.Size()
 	}
 	return f, nil
+}
+
+// resetPeak forgets our own peak memory, with which a child's begins: until it
+// executes its program it shares our memory (proc_pid_clear_refs(5)).
+func resetPeak() {
+	debug.FreeOSMemory()
+	os.WriteFile("/proc/self/clear_refs", []byte("5"), 0) // without it the peaks are upper bounds
 }
 
 func median(runs []figures) figures {

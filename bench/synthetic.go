@@ -88,6 +88,7 @@ func scaling(ctx context.Context, w io.Writer) error {
 	for _, n := range []int{1_000, 10_000, 100_000, 1_000_000} {
 		cmd := exec.CommandContext(ctx, self, "-synthetic", strconv.Itoa(n))
 		cmd.Stderr = os.Stderr
+		resetPeak()
 		start := time.Now()
 		if err := cmd.Run(); err != nil {
 			return err
