@@ -138,14 +138,31 @@ func TestStoreRefuses(t *testing.T) {
 // large is an image root whose packed form needs more than one part to upload.
 func large() []string { return baseTree("data usr/lib/big 0644 40000000 random:7") }
 
+// gatedPod is a pod that reaches its store through a gate.
+func (s *stage) gatedPod(t *testing.T, root ...string) (*gate, *pod) {
+	t.Helper()
+	g := newGate(t, s.s3URL)
+	p := s.newPod(t, true, volumeDirectory, root...)
+	p.env["S3_ENDPOINT"] = g.url
+	return g, p
+}
+
+// openAndHold opens p and returns when g holds the upload of its large image.
+func (p *pod) openAndHold(g *gate) (sidecar *process) {
+	p.t.Helper()
+	sidecar, _ = p.open()
+	g.hold(20_000_000)
+	p.touch("complete")
+	<-g.held
+	return sidecar
+}
+
 // TestStoreGoes loses the store while the user works, and in mid-upload.
 func TestStoreGoes(t *testing.T) {
 	s := need(t)
 	t.Run("before the upload", func(t *testing.T) {
 		t.Parallel()
-		g := newGate(t, s.s3URL)
-		p := s.newPod(t, true, volumeDirectory, baseTree()...)
-		p.env["S3_ENDPOINT"] = g.url
+		g, p := s.gatedPod(t, baseTree()...)
 		sidecar, _ := p.open()
 		g.close()
 		p.touch("complete")
@@ -153,13 +170,8 @@ func TestStoreGoes(t *testing.T) {
 	})
 	t.Run("in mid-upload for a moment", func(t *testing.T) {
 		t.Parallel()
-		g := newGate(t, s.s3URL)
-		p := s.newPod(t, true, volumeDirectory, large()...)
-		p.env["S3_ENDPOINT"] = g.url
-		sidecar, _ := p.open()
-		g.hold(20_000_000)
-		p.touch("complete")
-		<-g.held
+		g, p := s.gatedPod(t, large()...)
+		sidecar := p.openAndHold(g)
 		g.cut()
 		if code := sidecar.wait(); code != 0 || p.status() != ims.Success {
 			t.Errorf("exit code %d, status %s; a connection lost is no reason to fail", code, p.status())
@@ -170,14 +182,9 @@ func TestStoreGoes(t *testing.T) {
 	})
 	t.Run("in mid-upload for good", func(t *testing.T) {
 		t.Parallel()
-		g := newGate(t, s.s3URL)
-		p := s.newPod(t, true, volumeDirectory, large()...)
+		g, p := s.gatedPod(t, large()...)
 		p.env["IMS_PYTHON_HELPER_TIMEOUT"] = "1" // each of the many requests that fail takes this long
-		p.env["S3_ENDPOINT"] = g.url
-		sidecar, _ := p.open()
-		g.hold(20_000_000)
-		p.touch("complete")
-		<-g.held
+		sidecar := p.openAndHold(g)
 		s.abandon(t, sidecar)
 		g.close()
 		if code := sidecar.wait(); code != 1 {
@@ -187,13 +194,8 @@ func TestStoreGoes(t *testing.T) {
 	})
 	t.Run("silent when the pod is deleted", func(t *testing.T) {
 		t.Parallel()
-		g := newGate(t, s.s3URL)
-		p := s.newPod(t, true, volumeDirectory, large()...)
-		p.env["S3_ENDPOINT"] = g.url
-		sidecar, _ := p.open()
-		g.hold(20_000_000)
-		p.touch("complete")
-		<-g.held
+		g, p := s.gatedPod(t, large()...)
+		sidecar := p.openAndHold(g)
 		s.abandon(t, sidecar)
 		sidecar.cmd.Process.Signal(syscall.SIGTERM)
 		if code := sidecar.wait(); code != 1 {
@@ -350,9 +352,7 @@ func TestTold(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			g := newGate(t, s.s3URL)
-			p := s.newPod(t, true, volumeDirectory, large()...)
-			p.env["S3_ENDPOINT"] = g.url
+			g, p := s.gatedPod(t, large()...)
 			sidecar, sshd := p.open()
 			until(p, g, sidecar)
 			sidecar.cmd.Process.Signal(syscall.SIGTERM)

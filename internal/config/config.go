@@ -217,8 +217,8 @@ func load(getenv func(string) string, needs need, args []string) (Sidecar, error
 	cfg := Sidecar{
 		Common:         r.common(args),
 		ArchiveName:    r.userText("IMAGE_ROOT_ARCHIVE_NAME", "KIWI_RECIPE_NAME"),
-		InitrdName:     r.text("INITRD_FILENAME", defaultInitrd),
-		ParametersName: r.text("KERNEL_PARAMETERS_FILENAME", ""),
+		InitrdName:     r.fileName("INITRD_FILENAME", defaultInitrd),
+		ParametersName: r.fileName("KERNEL_PARAMETERS_FILENAME", ""),
 		S3:             r.s3(needs&needS3 != 0),
 		OAuth:          r.oauth(),
 		IMSURL:         strings.TrimRight(r.url("IMS_URL", r.text("IMS_URL", DefaultIMSURL)), "/"),
@@ -229,7 +229,7 @@ func load(getenv func(string) string, needs need, args []string) (Sidecar, error
 		AuthorizedKeys: AuthorizedKeys,
 		ResolvConf:     ResolvConf,
 	}
-	cfg.KernelName = kernelName(cfg.Arch, r.text("KERNEL_FILENAME", ""))
+	cfg.KernelName = kernelName(cfg.Arch, r.fileName("KERNEL_FILENAME", ""))
 	r.rootAndBoot(&cfg)
 	r.checkCA(&cfg)
 	if needs&needJob != 0 {

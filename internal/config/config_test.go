@@ -171,20 +171,23 @@ func TestFirstArgumentWins(t *testing.T) {
 // TestProblems wants each bad value named with its variable.
 func TestProblems(t *testing.T) {
 	for variable, bad := range map[string]string{
-		"IMS_JOB_ID":                "../../jobs",
-		"IMS_ACTION":                "destroy",
-		"SSH_JAIL":                  "maybe",
-		"BUILD_ARCH":                "riscv",
-		"IMAGE_BOOT_DIR":            "/boot",
-		"IMAGE_ROOT_DIR":            "image-root",
-		"S3_ENDPOINT":               "s3.local:8080",
-		"S3_SSL_VALIDATE":           "/nonexistent/ca.crt",
-		"S3_SSL_VERIFY":             file(t, "empty.crt", "no certificate"),
-		"IMS_URL":                   "ftp://x",
-		"IMS_PYTHON_HELPER_TIMEOUT": "-1",
-		"DOWNLOAD_MD5SUM":           "abc",
-		"SSHD_PORT":                 "65536",
-		"OAUTH_CLIENT_ENDPOINT":     "keycloak",
+		"IMS_JOB_ID":                 "../../jobs",
+		"IMS_ACTION":                 "destroy",
+		"SSH_JAIL":                   "maybe",
+		"BUILD_ARCH":                 "riscv",
+		"IMAGE_BOOT_DIR":             "/boot",
+		"KERNEL_FILENAME":            "../vmlinuz",
+		"INITRD_FILENAME":            "/boot/initrd",
+		"KERNEL_PARAMETERS_FILENAME": "./parameters",
+		"IMAGE_ROOT_DIR":             "image-root",
+		"S3_ENDPOINT":                "s3.local:8080",
+		"S3_SSL_VALIDATE":            "/nonexistent/ca.crt",
+		"S3_SSL_VERIFY":              file(t, "empty.crt", "no certificate"),
+		"IMS_URL":                    "ftp://x",
+		"IMS_PYTHON_HELPER_TIMEOUT":  "-1",
+		"DOWNLOAD_MD5SUM":            "abc",
+		"SSHD_PORT":                  "65536",
+		"OAUTH_CLIENT_ENDPOINT":      "keycloak",
 	} {
 		_, err := LoadSidecarFrom(env(t, map[string]string{variable: bad}))
 		var problems *Error

@@ -128,6 +128,16 @@ func (r *reader) port(name string, fallback int) int {
 	return int(n)
 }
 
+// fileName is the name of a file in the image's boot directory, perhaps below it. What imageroot.FindBoot would refuse
+// after the user's work is refused at the start.
+func (r *reader) fileName(name, fallback string) string {
+	v := r.text(name, fallback)
+	if v != "" && (!filepath.IsLocal(v) || filepath.Clean(v) != v) {
+		r.problem(name, fmt.Sprintf("is %q: set it to the name of a file in the image's boot directory, without .. and leading slash", v))
+	}
+	return v
+}
+
 func (r *reader) md5(name string) string {
 	v := strings.ToLower(r.text(name, ""))
 	if v == "" {

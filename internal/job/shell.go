@@ -159,7 +159,7 @@ func readKeys(path string, log *slog.Logger) ([]byte, error) {
 	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, maxKeys))
 	if err != nil {
-		return nil, fmt.Errorf("the user's public key: %w", err)
+		return nil, fmt.Errorf("the user's public key: %w; mount the ConfigMap with the public key so that this is a file", err)
 	}
 	var good []byte
 	number := 0
