@@ -52,7 +52,7 @@ func run(ctx context.Context, bin, image string, n int, only string) error {
 		return err
 	}
 	var all []comparison
-	for _, topic := range []func(ctx context.Context, bin, image, work string) ([]comparison, func(), error){squashfs, ssh} {
+	for _, topic := range []func(ctx context.Context, bin, image, work string) ([]comparison, func(), error){squashfs, delta, ssh} {
 		list, done, err := topic(ctx, bin, image, work)
 		if err != nil {
 			return err
@@ -78,9 +78,15 @@ func run(ctx context.Context, bin, image string, n int, only string) error {
 			ours.wall, theirs.wall, theirs.wall/ours.wall, ours.cpu, theirs.cpu, ours.rss>>20, theirs.rss>>20, size)
 		table.Flush()
 	}
-	if !strings.Contains("scaling", only) {
-		return nil
+	if strings.Contains("growth", only) {
+		fmt.Println()
+		if err := growth(ctx, bin, image, work, os.Stdout); err != nil {
+			return err
+		}
 	}
-	fmt.Println()
-	return scaling(ctx, os.Stdout)
+	if strings.Contains("scaling", only) {
+		fmt.Println()
+		return scaling(ctx, os.Stdout)
+	}
+	return nil
 }
