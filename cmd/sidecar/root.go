@@ -63,7 +63,7 @@ In a pod it takes its settings from the environment of the IMS job template
 		c.GroupID = "job"
 		root.AddCommand(c)
 	}
-	for _, c := range []*cobra.Command{newPack(), newUnpack(), newInspect(), newVerify()} {
+	for _, c := range []*cobra.Command{newPack(), newUnpack(), newInspect(), newVerify(), newDiff()} {
 		c.GroupID = "tools"
 		root.AddCommand(c)
 	}
