@@ -69,12 +69,14 @@ var (
 	// leafToLeaf lists the leaves that may use internal/imageroot, because what they handle lies
 	// inside a hostile image root.
 	leafToLeaf = []string{"squash", "jail", "prepare", "signalfile"}
-	// alsoLeafToLeaf lists single exceptions: the jail's SFTP child is the jail's, its protocol is not.
-	alsoLeafToLeaf = map[string]string{"jail": "sftpserver"}
+	// alsoLeafToLeaf lists single exceptions: the jail's SFTP child is the jail's, its protocol is not;
+	// changes are those between two images.
+	alsoLeafToLeaf = map[string]string{"jail": "sftpserver", "changes": "squash"}
 	// forbidden names modules that must not be reachable from a package, and why.
 	forbidden = map[string][]string{
 		// The engine is a library: bytes in, bytes out.
-		"squash": {"net/http", "github.com/aws/", "golang.org/x/crypto/ssh", module + "internal/ims"},
+		"squash":  {"net/http", "github.com/aws/", "golang.org/x/crypto/ssh", module + "internal/ims"},
+		"changes": {"net/http", "github.com/aws/", "os/exec"},
 		// What root in the jail talks to must hold no code that handles S3 or OAuth secrets.
 		"gateway": {"github.com/aws/", "golang.org/x/oauth2", module + "internal/ims", module + "internal/upload"},
 	}

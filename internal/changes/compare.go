@@ -64,7 +64,7 @@ type side struct {
 // linkGroup are the names of an inode with more than one.
 type linkGroup struct {
 	names []string // as the walk meets them
-	kept  bool     // some name is in both images
+	kept  string   // the first name that is in both images, if any
 }
 
 // node is a name that is not, or may not be, the same in both images.
@@ -247,7 +247,7 @@ func (c *comparison) pair(ctx context.Context, n *node, shared map[[2]uint32]*co
 	linked := false
 	for s, ino := range map[*side]*squash.Inode{&c.old: n.old, &c.next: n.new} {
 		if g := s.links[ino.Number]; g != nil && !ino.IsDir() {
-			g.kept, linked = true, true
+			g.kept, linked = cmp.Or(g.kept, n.path), true
 		}
 	}
 	if n.old.Mode.Type() != n.new.Mode.Type() {
@@ -376,14 +376,14 @@ func (s *side) namesOf(ino *squash.Inode, path string) []string {
 	return []string{path}
 }
 
-// counts tells whether a name stands for its inode's bytes, in sums where an
-// inode counts once.
-func (s *side) counts(ino *squash.Inode, path string) bool {
-	return s.namesOf(ino, path)[0] == path
-}
-
-// gone tells whether no name of an inode is in the other image.
-func (s *side) gone(ino *squash.Inode) bool {
-	g := s.links[ino.Number]
-	return g == nil || !g.kept
+// weight is the content that a name stands for: that of its inode, once, under
+// the first name that is in both images, or else the first.
+func (s *side) weight(ino *squash.Inode, path string) int64 {
+	if !ino.Mode.IsRegular() {
+		return 0
+	}
+	if g := s.links[ino.Number]; g != nil && path != cmp.Or(g.kept, g.names[0]) {
+		return 0
+	}
+	return ino.Size
 }

@@ -98,9 +98,17 @@ func (r *Report) pageRows() (rows [][]any, omitted int) {
 		if c.From != nil {
 			from = c.From.escaped()
 		}
-		rows = append(rows, []any{kind, c.Path.escaped(), from, c.Old.fileSize(), c.New.fileSize(), c.weight, c.detail()})
+		rows = append(rows, []any{kind, c.Path.escaped(), from, c.Old.fileSize(), c.New.fileSize(), c.weight, c.pageDetail()})
 	}
 	return rows, omitted
+}
+
+// pageDetail is the detail without the size of a file, which has its own column.
+func (c *Change) pageDetail() string {
+	if c.Kind == Added && c.New.Type == "file" || c.Kind == Removed && c.Old.Type == "file" {
+		return ""
+	}
+	return c.detail()
 }
 
 // escaped is the name with what does not print escaped as in Go, and backslashes,

@@ -30,9 +30,9 @@ func (c *comparison) findRenames(ctx context.Context) error {
 	for _, n := range c.nodes {
 		var at int
 		switch {
-		case n.new == nil && c.renamable(&c.old, n.old, n.path):
+		case n.new == nil && c.old.renamable(n.old, n.path):
 			at = 0
-		case n.old == nil && c.renamable(&c.next, n.new, n.path):
+		case n.old == nil && c.next.renamable(n.new, n.path):
 			at = 1
 		default:
 			continue
@@ -69,8 +69,11 @@ func (c *comparison) findRenames(ctx context.Context) error {
 	return c.joinRenames(removed, added, old, next)
 }
 
-func (c *comparison) renamable(s *side, ino *squash.Inode, path string) bool {
-	return ino.Mode.IsRegular() && ino.Size > 0 && s.counts(ino, path) && s.gone(ino)
+// renamable tells whether a name stands for a file that has none in the other
+// image.
+func (s *side) renamable(ino *squash.Inode, path string) bool {
+	g := s.links[ino.Number]
+	return s.weight(ino, path) > 0 && (g == nil || g.kept == "")
 }
 
 // sums returns the digests of the nodes' files, in their order.

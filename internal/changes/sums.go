@@ -73,33 +73,33 @@ func (c *comparison) count(n *node, change *Change, s *Summary, dirs map[string]
 		return
 	}
 	var one DirectoryChange
+	var before, after int64
+	if n.old != nil && n.from == "" {
+		before = c.old.weight(n.old, n.path)
+	}
+	if n.new != nil {
+		after = c.next.weight(n.new, n.path)
+	}
+	one.Growth = after - before
 	switch change.Kind {
 	case Added:
-		one.Added = 1
-		one.AddedBytes = c.next.weight(n.new, n.path, true)
-		one.Growth, change.weight = one.AddedBytes, one.AddedBytes
+		one.Added, one.AddedBytes = 1, after
 	case Removed:
-		one.Removed = 1
-		one.RemovedBytes = c.old.weight(n.old, n.path, true)
-		one.Growth, change.weight = -one.RemovedBytes, one.RemovedBytes
+		one.Removed, one.RemovedBytes = 1, before
 	case Renamed:
 		one.Renamed = 1
-		one.Growth = n.new.Size
 		addUp(dirs, n.from, DirectoryChange{Growth: -n.old.Size})
 	case Modified:
 		one.Modified = 1
 		switch {
 		case slices.Contains(n.how, HowType):
-			one.AddedBytes, one.RemovedBytes = c.next.weight(n.new, n.path, false), c.old.weight(n.old, n.path, false)
-			one.Growth = one.AddedBytes - one.RemovedBytes
-			change.weight = one.AddedBytes + one.RemovedBytes
+			one.AddedBytes, one.RemovedBytes = after, before
 		case slices.Contains(n.how, HowContent):
-			one.RewrittenBytes = c.next.weight(n.new, n.path, false)
-			before := c.old.weight(n.old, n.path, false)
-			one.Growth = one.RewrittenBytes - before
-			change.weight = max(one.RewrittenBytes, before)
+			one.RewrittenBytes = after
+			change.weight = max(before, after)
 		}
 	}
+	change.weight = max(change.weight, one.AddedBytes+one.RemovedBytes)
 	s.Added += one.Added
 	s.Removed += one.Removed
 	s.Modified += one.Modified
@@ -108,15 +108,6 @@ func (c *comparison) count(n *node, change *Change, s *Summary, dirs map[string]
 	s.RemovedBytes += one.RemovedBytes
 	s.RewrittenBytes += one.RewrittenBytes
 	addUp(dirs, n.path, one)
-}
-
-// weight is the content that comes or goes with a name: that of its inode once,
-// and none if another name of the inode stays.
-func (s *side) weight(ino *squash.Inode, path string, mustGo bool) int64 {
-	if !ino.Mode.IsRegular() || !s.counts(ino, path) || mustGo && !s.gone(ino) {
-		return 0
-	}
-	return ino.Size
 }
 
 func addUp(dirs map[string]*DirectoryChange, name string, one DirectoryChange) {

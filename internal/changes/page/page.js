@@ -118,6 +118,7 @@
         if (r.w > 30 && r.h > 34)
           for (const s of squarify(children(item.dir), 3, MAP_TITLE, r.w - 8, r.h - MAP_TITLE - 5)) {
             const tile = el("i", s.item.dir ? mainKind(s.item.dir) : s.item.rest ? "" : KINDS[s.item.row.kind]);
+            if (s.w > 40 && s.h > 16) tile.textContent = s.item.name + (s.item.dir ? "/" : "");
             place(tile, s);
             button.append(tile);
           }
