@@ -20,8 +20,8 @@
 //	/proc        own, kernel controls     the container's, the same   the container's
 //	             read-only or hidden      read-only or hidden *
 //	/sys         own, read-only           the container's, read-only *  the container's
-//	/dev         null zero full random    the same but mqueue *       the container's
-//	             urandom tty pts shm
+//	/dev         null zero full random    the same but mqueue,         the container's
+//	             urandom tty pts shm         read-only *
 //	             mqueue, nothing else
 //	system calls no user namespaces, no   the same                    the container's
 //	             keyrings, no bpf, …
@@ -66,6 +66,8 @@
 //     container that has no more capabilities than a session would be at its mercy: the proof fails if there is one.
 //   - In the Chroot level set-uid programs and file capabilities give a user other than root nothing: without
 //     CAP_SYS_ADMIN system calls can only be filtered with no_new_privs. Root's own sudo, su and become work.
+//   - In the Chroot level nothing keeps root from removing or renaming /proc, /sys and /dev: the kernel guards mount points
+//     of the own mount namespace only. Sessions then have none any more; Stop makes the image's directory again.
 //   - In the levels without a PID namespace processes could fork faster than they are found. Stop tries hard, and has
 //     proof when it succeeds (init has no children left); otherwise it returns an error, and the root is not to be packed.
 package jail

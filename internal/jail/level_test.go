@@ -23,8 +23,8 @@ func TestInPod(t *testing.T) {
 		t.Skip("this is the pod")
 	}
 	for kind, tests := range map[string]string{
-		"cut":    "TestAttacks|TestProofSees|TestAuto|TestExitStatus|TestTerminal|TestSFTP|TestStopStubborn|TestLeavesNoTrace",
-		"filter": "TestAttacks|TestAuto|TestTerminal|TestSFTP|TestLeavesNoTrace|TestDevRestored|TestDevReplaced",
+		"cut":    "TestAttacks|TestProofSees|TestAuto|TestExitStatus|TestTerminal|TestSFTP|TestStopStubborn|TestLeavesNoTrace|TestMountPointsRemoved",
+		"filter": "TestAttacks|TestAuto|TestTerminal|TestSFTP|TestLeavesNoTrace|TestDevRestored|TestDevReplaced|TestMountPointsRemoved",
 	} {
 		cmd := exec.Command("/proc/self/exe", "-test.run=^("+tests+")$", "-test.v")
 		cmd.Env = append(os.Environ(), podEnv+"="+kind)

@@ -295,7 +295,8 @@ func mask(dir *os.File, name string) error {
 }
 
 // mountDev builds /dev. The devices are bind mounts of the container's own nodes: the tmpfs itself is nodev, so that a
-// node made in it by mknod(2) opens nothing.
+// node made in it by mknod(2) opens nothing. A lent one is read-only: elsewhere the kernel refuses to remove or rename
+// what something is mounted on, but not in another mount namespace, where a removed /dev/null would stay away.
 func mountDev(root *os.File, lent bool) (notes []string, err error) {
 	dev, err := mountOn(root, "dev", "tmpfs", quiet, "mode=755,size=16m,nr_inodes=8192")
 	if err != nil {
@@ -339,6 +340,12 @@ func mountDev(root *os.File, lent bool) (notes []string, err error) {
 			return nil, err
 		default:
 			notes = append(notes, err.Error())
+		}
+	}
+	if lent {
+		path := fmt.Sprintf("/proc/self/fd/%d", fd)
+		if err := unix.Mount("", path, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY|quiet, ""); err != nil {
+			return nil, fmt.Errorf("make /dev read-only: %w", err)
 		}
 	}
 	return notes, nil

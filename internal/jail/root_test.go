@@ -87,7 +87,7 @@ func inPodAlone(t *testing.T, kind string, more ...string) (outside bool) {
 // rootTools are copied into the test's image root.
 var rootTools = []string{
 	"bash", "sh", "cat", "ls", "id", "env", "tty", "stty", "sleep", "touch", "head", "dd", "mkdir", "readlink", "stat",
-	"setsid", "mount", "mknod", "rm", "ln", "true", "false", "chmod", "nohup", "hostname", "wc", "grep",
+	"setsid", "mount", "mknod", "mv", "rm", "rmdir", "ln", "true", "false", "chmod", "nohup", "hostname", "wc", "grep",
 }
 
 // newRoot makes an image root: copies of the host's programs with their libraries, and a few files.

@@ -24,8 +24,9 @@ type imageDir struct {
 	st   unix.Stat_t
 	log  *slog.Logger
 
-	made []string            // mount points made for the sessions
-	dev  map[string]devEntry // chroot level: what /dev held at the start, by path below it
+	made []string               // mount points made for the sessions
+	had  map[string]unix.Stat_t // mount points that are the image's own
+	dev  map[string]devEntry    // chroot level: what /dev held at the start, by path below it
 }
 
 // devEntry is one inode of the image's /dev.
@@ -41,7 +42,7 @@ func openImageDir(path string, log *slog.Logger) (*imageDir, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open image root %s: %w; was the image laid out there?", path, err)
 	}
-	d := &imageDir{path: path, f: os.NewFile(uintptr(fd), path), log: log}
+	d := &imageDir{path: path, f: os.NewFile(uintptr(fd), path), log: log, had: make(map[string]unix.Stat_t)}
 	if err := unix.Fstat(fd, &d.st); err != nil {
 		d.f.Close()
 		return nil, fmt.Errorf("stat image root %s: %w", path, err)
@@ -56,7 +57,7 @@ func (d *imageDir) fd() int { return int(d.f.Fd()) }
 // the level.
 var errImage = errors.New("repair the image")
 
-// keepTimes runs change and gives the directory back the times it had.
+// keepTimes runs change and gives the directory back the times it had. One that is read-only has kept them.
 func keepTimes(dirfd int, change func() error) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(dirfd, &st); err != nil {
@@ -65,7 +66,10 @@ func keepTimes(dirfd int, change func() error) error {
 	if err := change(); err != nil {
 		return err
 	}
-	return setTimes(dirfd, &st)
+	if err := setTimes(dirfd, &st); !errors.Is(err, unix.EROFS) {
+		return err
+	}
+	return nil
 }
 
 // setTimes sets a directory's times to those of st.
@@ -81,6 +85,7 @@ func (d *imageDir) makeMountPoints(names ...string) error {
 		err := unix.Fstatat(d.fd(), name, &st, unix.AT_SYMLINK_NOFOLLOW)
 		switch {
 		case err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR:
+			d.had[name] = st
 			continue
 		case err == nil:
 			return fmt.Errorf("/%s of the image is not a directory, so nothing can be mounted on it: %w", name, errImage)
@@ -99,9 +104,6 @@ func (d *imageDir) makeMountPoints(names ...string) error {
 // makeDevices remembers what the image's /dev holds and adds the nodes without which a shell is of little use. Only the
 // chroot level needs them: the namespaces level has a /dev of its own, which ends with it.
 func (d *imageDir) makeDevices() error {
-	if err := d.makeMountPoints("dev"); err != nil {
-		return err
-	}
 	dev, err := d.openDev()
 	if err != nil {
 		return err
@@ -206,9 +208,14 @@ func listDev(dev *os.Root) (map[string]devEntry, error) {
 	return list, nil
 }
 
-// restore undoes makeMountPoints and makeDevices: /dev holds again what it held at the start. It may be called twice.
+// restore undoes makeMountPoints and makeDevices: the image has the mount points it had, and in /dev what it had there. It
+// may be called twice.
 func (d *imageDir) restore() error {
 	var errs []error
+	for name, st := range d.had {
+		errs = append(errs, d.restoreMountPoint(name, &st))
+	}
+	clear(d.had)
 	if d.dev != nil {
 		errs = append(errs, d.restoreDev())
 		d.dev = nil
@@ -225,6 +232,25 @@ func (d *imageDir) restore() error {
 	}
 	d.made = nil
 	return errors.Join(errs...)
+}
+
+// restoreMountPoint makes a directory of the image again that a session removed: what is mounted on it in another mount
+// namespace, as in the chroot level, does not stop rmdir(2), and the image would not boot without it.
+func (d *imageDir) restoreMountPoint(name string, st *unix.Stat_t) error {
+	if err := unix.Fstatat(d.fd(), name, new(unix.Stat_t), unix.AT_SYMLINK_NOFOLLOW); !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	d.log.Warn("directory of the image was removed: made again", "path", "/"+name)
+	err := keepTimes(d.fd(), func() error {
+		return makeNode(d.fd(), name, devEntry{mode: st.Mode, uid: st.Uid, gid: st.Gid})
+	})
+	if err == nil {
+		err = unix.UtimesNanoAt(d.fd(), name, []unix.Timespec{st.Atim, st.Mtim}, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	if err != nil {
+		return fmt.Errorf("make /%s of the image again: %w", name, err)
+	}
+	return nil
 }
 
 func (d *imageDir) restoreDev() error {

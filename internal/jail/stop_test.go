@@ -316,6 +316,36 @@ func TestDevReplaced(t *testing.T) {
 	}
 }
 
+// TestMountPointsRemoved promises that no session ends /dev/null for the others, or has the image packed without mount
+// points. The kernel guards those of the own mount namespace only, so not those of the chroot level.
+func TestMountPointsRemoved(t *testing.T) {
+	eachLevel(t, func(t *testing.T, level Level) {
+		if level == Plain {
+			t.Skip("nothing is mounted, and the image root is the user's")
+		}
+		root := newRoot(t)
+		tree.Make(t, root, "dir proc 0555", "dir sys 0755", "dir dev 0755", "owner sys 0:5", "mtime proc 1000000000", "mtime sys 1100000000.5")
+		before := snapshot(t, root)
+		j := startJail(t, Config{Root: root, Level: level})
+		if !inFilter() {
+			run(t, j, "rm -rf /dev; rm /dev/null; touch /dev/file; mv /dev/file /dev/null; mv /dev/pts /dev/shm/; mknod /dev/null c 1 3")
+			output(t, j, "echo gone > /dev/null && cat /dev/null && [ -c /dev/null ] && echo x > /dev/shm/x && [ -c /dev/pts/ptmx ]")
+		}
+		run(t, j, "rmdir /proc /sys; mv -T /dev /elsewhere")
+		if out := output(t, j, "echo still here"); out != "still here" {
+			t.Errorf("a session afterwards: %q", out)
+		}
+		if _, err := j.Stop(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range tree.Diff(before, root) {
+			if !strings.HasPrefix(d, ".: mtime") && !strings.HasPrefix(d, "elsewhere") {
+				t.Error(d)
+			}
+		}
+	})
+}
+
 // TestMountPointsRefused: ATTACK: the image's /proc is a link or a file.
 func TestMountPointsRefused(t *testing.T) {
 	testkit.NeedRoot(t)
