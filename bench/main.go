@@ -5,13 +5,14 @@
 // prints medians and ratios. It refuses to compare against a tool that is not
 // there, and it does not judge: the ratios are what they are.
 //
-//	go run ./bench -bin bin -image build/base/bookworm.squashfs [-n 5] [-only pack]
+//	go run ./bench -bin bin -image build/base/bookworm.squashfs [-n 5] [-topics squashfs,delta] [-only zstd]
 package main
 
 import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -21,52 +22,81 @@ import (
 )
 
 func main() {
-	bin := flag.String("bin", "bin", "directory of sshd and sidecar")
-	image := flag.String("image", "build/base/bookworm.squashfs", "image whose tree is packed and unpacked")
-	n := flag.Int("n", 5, "runs of each side")
-	only := flag.String("only", "", "run only comparisons whose name contains this")
+	b := bench{}
+	flag.StringVar(&b.bin, "bin", "bin", "directory of sshd, sidecar and imslocal")
+	flag.StringVar(&b.image, "image", "build/base/bookworm.squashfs", "image whose tree is packed and unpacked")
+	flag.IntVar(&b.n, "n", 5, "runs of each side")
+	flag.StringVar(&b.topics, "topics", "squashfs,delta,ssh,jobs,growth,scaling", "what to compare, separated by commas")
+	flag.StringVar(&b.only, "only", "", "run only comparisons whose name contains this")
 	files := flag.Int("synthetic", 0, "only pack so many small files that exist nowhere")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	var err error
 	if *files > 0 {
-		if err := packSynthetic(ctx, *files); err != nil {
-			fmt.Fprintln(os.Stderr, "bench:", err)
-			os.Exit(1)
-		}
-		return
+		err = packSynthetic(ctx, *files)
+	} else {
+		err = b.run(ctx)
 	}
-	if err := run(ctx, *bin, *image, *n, *only); err != nil {
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, bin, image string, n int, only string) error {
+type bench struct {
+	bin, image, topics, only string
+	n                        int
+}
+
+func (b bench) run(ctx context.Context) error {
 	work, err := os.MkdirTemp("", "ims-buildenv-bench")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(work)
-	if bin, err = filepath.Abs(bin); err != nil {
+	if b.bin, err = filepath.Abs(b.bin); err != nil {
 		return err
 	}
-	var all []comparison
-	for _, topic := range []func(ctx context.Context, bin, image, work string) ([]comparison, func(), error){squashfs, delta, ssh} {
-		list, done, err := topic(ctx, bin, image, work)
-		if err != nil {
-			return err
-		}
-		defer done()
-		all = append(all, list...)
+	if b.image, err = filepath.Abs(b.image); err != nil {
+		return err
 	}
+	tables := map[string]func(ctx context.Context, bin, image, work string) ([]comparison, func(), error){
+		"squashfs": squashfs, "delta": delta, "ssh": ssh,
+	}
+	reports := map[string]func(ctx context.Context, bin, image, work string, w io.Writer) error{
+		"jobs": jobs, "growth": growth, "scaling": scaling,
+	}
+	for topic := range strings.SplitSeq(b.topics, ",") {
+		if prepare, ok := tables[topic]; ok {
+			err = b.table(ctx, prepare, work)
+		} else if report, ok := reports[topic]; ok {
+			err = report(ctx, b.bin, b.image, work, os.Stdout)
+		} else {
+			err = fmt.Errorf("there is no such topic")
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", topic, err)
+		}
+		fmt.Println()
+	}
+	return nil
+}
+
+// table runs the comparisons of one topic.
+func (b bench) table(ctx context.Context, prepare func(ctx context.Context, bin, image, work string) ([]comparison, func(), error), work string) error {
+	list, done, err := prepare(ctx, b.bin, b.image, work)
+	if err != nil {
+		return err
+	}
+	defer done()
 	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(table, "comparison\tours\ttheirs\tfaster\tour CPU\ttheir CPU\tour MiB\ttheir MiB\tsize\t\n")
-	for _, c := range all {
-		if !strings.Contains(c.name, only) {
+	for _, c := range list {
+		if !strings.Contains(c.name, b.only) {
 			continue
 		}
-		ours, theirs, err := c.measure(ctx, n)
+		ours, theirs, err := c.measure(ctx, b.n)
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
@@ -77,16 +107,6 @@ func run(ctx context.Context, bin, image string, n int, only string) error {
 		fmt.Fprintf(table, "%s\t%.2fs\t%.2fs\t%.1fx\t%.2fs\t%.2fs\t%d\t%d\t%s\t\n", c.name,
 			ours.wall, theirs.wall, theirs.wall/ours.wall, ours.cpu, theirs.cpu, ours.rss>>20, theirs.rss>>20, size)
 		table.Flush()
-	}
-	if strings.Contains("growth", only) {
-		fmt.Println()
-		if err := growth(ctx, bin, image, work, os.Stdout); err != nil {
-			return err
-		}
-	}
-	if strings.Contains("scaling", only) {
-		fmt.Println()
-		return scaling(ctx, os.Stdout)
 	}
 	return nil
 }

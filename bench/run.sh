@@ -1,6 +1,6 @@
 #!/bin/bash
 # run.sh [ARGUMENTS of bench]: build a Debian root of about 1.2 GiB if needed, which is kept in
-# build/, and compare on its tree. The whole run takes most of an hour; -only picks comparisons.
+# build/, and compare on its tree. The whole run takes most of an hour; -topics and -only pick comparisons.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/base-image.sh build/bench/root.squashfs \

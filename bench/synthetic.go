@@ -78,7 +78,7 @@ func packSynthetic(ctx context.Context, n int) error {
 }
 
 // scaling prints what packing takes for trees of different sizes.
-func scaling(ctx context.Context, w io.Writer) error {
+func scaling(ctx context.Context, _, _, _ string, w io.Writer) error {
 	self, err := filepath.Abs(os.Args[0])
 	if err != nil {
 		return err

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+)
+
+// jobs times what a user waits for, from `touch complete` to the status success,
+// and what the legacy containers do in that time: mksquashfs of the tree, its MD5
+// sum, and the upload of everything to a server of the same kind.
+func jobs(ctx context.Context, bin, image, work string, w io.Writer) error {
+	dir := filepath.Join(work, "jobs")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	if out, err := exec.CommandContext(ctx, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, "id")).CombinedOutput(); err != nil {
+		return fmt.Errorf("ssh-keygen: %w\n%s", err, out)
+	}
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(table, "job, from complete to success\tours\tlegacy sequence\tfaster\tstart to login\t\n")
+	for _, c := range []struct{ name, edit string }{
+		{"nothing changed", "true"},
+		{"three packages and an initrd", `export DEBIAN_FRONTEND=noninteractive
+apt-get -qq update >/dev/null; apt-get -qq install -y --no-install-recommends jq tree bc >/dev/null 2>&1
+update-initramfs -u -k all >/dev/null 2>&1; rm -rf /var/lib/apt/lists/* /var/cache/apt/*`},
+	} {
+		j := jobBench{bin: bin, image: image, dir: dir}
+		start, ours, err := j.run(ctx, c.edit)
+		if err != nil {
+			return fmt.Errorf("job with %s: %w", c.name, err)
+		}
+		theirs, err := j.legacy(ctx)
+		if err != nil {
+			return fmt.Errorf("legacy sequence: %w", err)
+		}
+		fmt.Fprintf(table, "%s\t%.2fs\t%.2fs\t%.1fx\t%.2fs\t\n", c.name, ours.Seconds(), theirs.Seconds(), theirs.Seconds()/ours.Seconds(), start.Seconds())
+	}
+	return table.Flush()
+}
+
+type jobBench struct{ bin, image, dir string }
+
+var sshPort = regexp.MustCompile(`"status":"waiting_on_user".*"ssh_port":(\d+)`)
+
+// run does one job and returns the times from the start to a login, and from the
+// flag to the end.
+func (j jobBench) run(ctx context.Context, edit string) (login, end time.Duration, err error) {
+	events := filepath.Join(j.dir, "events")
+	os.Remove(events)
+	var log bytes.Buffer
+	cmd := exec.CommandContext(ctx, filepath.Join(j.bin, "imslocal"), "run", "--image", j.image, "--key", filepath.Join(j.dir, "id.pub"),
+		"--jail", "--events", events, "--output", filepath.Join(j.dir, "new.sqsh"))
+	cmd.Stdout, cmd.Stderr = &log, &log
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		return 0, 0, err
+	}
+	defer func() {
+		if err != nil { // otherwise it ends by itself
+			cmd.Process.Signal(syscall.SIGTERM)
+		}
+		if werr := cmd.Wait(); err == nil {
+			err = werr
+		}
+		if err != nil {
+			err = fmt.Errorf("%w\n%s", err, log.Bytes())
+		}
+	}()
+	m, err := awaitEvent(ctx, cmd, events, sshPort)
+	if err != nil {
+		return 0, 0, err
+	}
+	login = time.Since(began)
+	ssh := func(script string) error {
+		c := exec.CommandContext(ctx, "ssh", "-F", "/dev/null", "-i", filepath.Join(j.dir, "id"), "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no",
+			"-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-p", m[1], "root@127.0.0.1", script)
+		if out, err := c.CombinedOutput(); err != nil {
+			return fmt.Errorf("ssh: %w\n%s", err, out)
+		}
+		return nil
+	}
+	if err := ssh("set -e\n" + edit); err != nil {
+		return 0, 0, err
+	}
+	flag := time.Now()
+	if err := ssh("touch /tmp/complete"); err != nil {
+		return 0, 0, err
+	}
+	if _, err := awaitEvent(ctx, cmd, events, regexp.MustCompile(`"status":"success"`)); err != nil {
+		return 0, 0, err
+	}
+	return login, time.Since(flag), nil
+}
+
+// awaitEvent waits until a line of the event file matches.
+func awaitEvent(ctx context.Context, cmd *exec.Cmd, events string, want *regexp.Regexp) ([]string, error) {
+	for {
+		b, _ := os.ReadFile(events)
+		if m := want.FindStringSubmatch(string(b)); m != nil {
+			return m, nil
+		}
+		if strings.Contains(string(b), `"status":"error"`) || cmd.Process.Signal(syscall.Signal(0)) != nil {
+			return nil, fmt.Errorf("the job ended without %s", want)
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// legacy does with the tree of the new image what the legacy containers do.
+func (j jobBench) legacy(ctx context.Context) (time.Duration, error) {
+	tree, data := filepath.Join(j.dir, "tree"), filepath.Join(j.dir, "data")
+	defer os.RemoveAll(tree)
+	defer os.RemoveAll(data)
+	if out, err := exec.CommandContext(ctx, filepath.Join(j.bin, "sidecar"), "unpack", filepath.Join(j.dir, "new.sqsh"), tree).CombinedOutput(); err != nil {
+		return 0, fmt.Errorf("%w\n%s", err, out)
+	}
+	port, err := freePort()
+	if err != nil {
+		return 0, err
+	}
+	var log bytes.Buffer
+	serve := exec.CommandContext(ctx, filepath.Join(j.bin, "imslocal"), "serve", "--data", data, "--runner", "none",
+		"--listen", "127.0.0.1:0", "--s3-listen", fmt.Sprintf("127.0.0.1:%d", port))
+	serve.Stdout, serve.Stderr = &log, &log
+	if err := serve.Start(); err != nil {
+		return 0, err
+	}
+	defer func() {
+		serve.Process.Signal(syscall.SIGTERM)
+		serve.Wait()
+	}()
+	script := fmt.Sprintf(`cd %s
+for i in $(seq 100); do [ -s data/s3-credentials ] && curl -s -o /dev/null http://127.0.0.1:%d && break; sleep 0.1; done
+keys=$(sed -nE 's/.*"(access|secret)_key": "(.*)".*/\2/p' data/s3-credentials | paste -sd:)
+put() { curl -fsS -T "$1" -H 'x-amz-content-sha256: UNSIGNED-PAYLOAD' --aws-sigv4 aws:amz:us-east-1:s3 -u "$keys" http://127.0.0.1:%d/boot-images/legacy/$2; }
+kernel=$(ls tree/boot/vmlinuz-* | head -n 1); initrd=$(ls tree/boot/initrd.img-* | head -n 1)
+s=$(date +%%s%%N)
+mksquashfs tree legacy.sqsh -noappend -no-progress -quiet
+md5sum legacy.sqsh "$kernel" "$initrd" > /dev/null
+put legacy.sqsh rootfs; put "$kernel" kernel; put "$initrd" initrd
+echo $(($(date +%%s%%N) - s)); rm -f legacy.sqsh`, j.dir, port, port)
+	cmd := exec.CommandContext(ctx, "bash", "-euc", script)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return 0, fmt.Errorf("%w\n%s\n%s", err, stderr.Bytes(), log.Bytes())
+	}
+	return time.ParseDuration(strings.TrimSpace(string(out)) + "ns")
+}
