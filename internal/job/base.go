@@ -6,11 +6,14 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
+	"strings"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
 	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
+	"github.com/ims-buildenv/ims-buildenv/internal/upload"
 )
 
 // base is the image the root was unpacked from.
@@ -18,6 +21,9 @@ type base struct {
 	file  *os.File
 	image *squash.Image
 	index *squash.Index // nil: every file is read to see whether it changed
+	key   string        // of its object in the job's bucket; "" if it is not there
+	size  int64
+	md5   string
 }
 
 func (b *base) Close() error { return b.file.Close() }
@@ -50,7 +56,41 @@ func (r *run) openBase() *base {
 	if b.index, err = squash.OpenIndex(filepath.Join(r.cfg.Parent, layout.Index), b.image); err != nil {
 		r.log.Warn("every file is read to see what changed", "error", err)
 	}
+	r.findObject(b)
 	return b
+}
+
+// findObject notes which object the base was downloaded from.
+func (r *run) findObject(b *base) {
+	rec, err := layout.Read(r.cfg.Parent)
+	if err != nil {
+		r.log.Info("everything is uploaded: it is not known where the old image is in the store", "error", err)
+		return
+	}
+	bucket, key, found := strings.Cut(strings.TrimPrefix(rec.URLPath, "/"), "/")
+	if !found || bucket != r.cfg.S3.Bucket {
+		r.log.Info("everything is uploaded: the old image is not in this job's bucket", "old", rec.URLPath)
+		return
+	}
+	b.key, b.size, b.md5 = key, rec.Size, rec.MD5
+}
+
+// shared is what an image with these statistics has in common with the base's
+// object.
+func (b *base) shared(st *squash.BaseStats) *upload.Base {
+	if b == nil || b.key == "" || st == nil {
+		return nil
+	}
+	return &upload.Base{Key: b.key, Size: b.size, MD5: b.md5, From: st.SharedFrom, To: st.SharedTo}
+}
+
+// sibling is another artifact of the base's image, should it have the same
+// content.
+func (b *base) sibling(kind upload.Kind, size int64) *upload.Base {
+	if b == nil || path.Base(b.key) != string(upload.Rootfs) {
+		return nil
+	}
+	return &upload.Base{Key: path.Join(path.Dir(b.key), string(kind)), Size: size, To: size}
 }
 
 // logReuse says what packing took over from the base.

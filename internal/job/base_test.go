@@ -3,16 +3,63 @@
 package job
 
 import (
+	"bytes"
+	"fmt"
 	"io/fs"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
+	"github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
+	"github.com/ims-buildenv/ims-buildenv/internal/upload"
 )
+
+// prepare does the init container's work: the root is packed to an image, and
+// laid out from it.
+func (p *pod) prepare() {
+	p.t.Helper()
+	volume, root := p.cfg.Parent, p.cfg.RootDir
+	image := filepath.Join(volume, layout.Image)
+	src, err := squash.DirSource(root, squash.DirOptions{})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	_, err = squash.PackFile(p.t.Context(), src, image, squash.Options{Compressor: squash.Zstd})
+	src.Close()
+	if err == nil {
+		err = os.RemoveAll(root)
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	f, err := os.Open(image)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	img, err := squash.Open(f, info.Size())
+	if err == nil {
+		_, err = squash.Unpack(p.t.Context(), img, root, squash.UnpackOptions{})
+	}
+	if err == nil {
+		err = squash.WriteIndex(p.t.Context(), img, root, filepath.Join(volume, layout.Index))
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+}
 
 // What did not change is taken over from the image the init container left; and
 // whatever that is like, the image holds what the user made.
@@ -36,39 +83,8 @@ func TestBase(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := newPod(t)
 			volume, root := p.cfg.Parent, p.cfg.RootDir
-			image := filepath.Join(volume, layout.Image)
-			src, err := squash.DirSource(root, squash.DirOptions{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			_, err = squash.PackFile(t.Context(), src, image, squash.Options{Compressor: squash.Zstd})
-			src.Close()
-			if err == nil {
-				err = os.RemoveAll(root)
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			f, err := os.Open(image)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
-			info, err := f.Stat()
-			if err != nil {
-				t.Fatal(err)
-			}
-			img, err := squash.Open(f, info.Size())
-			if err == nil {
-				_, err = squash.Unpack(t.Context(), img, root, squash.UnpackOptions{})
-			}
-			if err == nil {
-				err = squash.WriteIndex(t.Context(), img, root, filepath.Join(volume, layout.Index))
-			}
-			if err == nil {
-				err = c.change(volume)
-			}
-			if err != nil {
+			p.prepare()
+			if err := c.change(volume); err != nil {
 				t.Fatal(err)
 			}
 			p.user = func() {
@@ -99,4 +115,103 @@ func TestBase(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The store copies what it has of the new image, its kernel and its initrd: what
+// goes over the network follows the change.
+func TestBaseUpload(t *testing.T) {
+	const initrdSize = 6 << 20
+	lines := []string{"file boot/vmlinuz 0644 kernel", fmt.Sprintf("data boot/initrd 0644 %d random:8", initrdSize)}
+	for name, c := range map[string]struct {
+		record func(*layout.Record)
+		user   func(t *testing.T, root string)
+		most   int64 // bytes sent
+		least  int64
+	}{
+		"nothing changed": {most: 6 << 20},
+		"small edit": {user: func(t *testing.T, root string) {
+			tree.Make(t, root, "data etc/new 0644 1000000 random:9")
+		}, most: 7 << 20, least: 5<<20 + 1000000},
+		"a third of it changed": {user: func(t *testing.T, root string) {
+			os.Remove(filepath.Join(root, "boot/initrd"))
+			tree.Make(t, root, fmt.Sprintf("data boot/initrd 0644 %d random:9", initrdSize))
+		}, least: 13000000 + 2*initrdSize},
+		"other bucket": {record: func(r *layout.Record) { r.URLPath = "/others/" + testJob + "/rootfs" }, least: 13000000 + 2*initrdSize},
+		"other object": {record: func(r *layout.Record) { r.MD5 = strings.Repeat("0", 32) }, least: 13000000 + initrdSize},
+		"no path":      {record: func(r *layout.Record) { r.URLPath = "?" }, least: 13000000 + 2*initrdSize},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPod(t, lines...)
+			p.prepare()
+			rec := p.storeBase()
+			if c.record != nil {
+				c.record(&rec)
+			}
+			if err := layout.Write(p.cfg.Parent, rec); err != nil {
+				t.Fatal(err)
+			}
+			sent := p.countSent()
+			p.user = func() {
+				if c.user != nil {
+					c.user(t, p.cfg.RootDir)
+				}
+				if err := p.flags().Touch(signalfile.Complete); err != nil {
+					t.Error(err)
+				}
+			}
+			p.check(p.run(t.Context()), outcome{exit: 0, status: "success", images: 2})
+			delete(p.ims.images, oldImage)
+			if n := sent.Load(); n < c.least || c.most > 0 && n > c.most {
+				t.Errorf("%d bytes sent, want %d to %d:\n%s", n, c.least, c.most, p.log.String())
+			}
+			if err := squash.Verify(t.Context(), p.open(), false); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+const oldImage = "0c5fc51c-fc1d-4d2e-8c42-7c903f1ec20d"
+
+// storeBase stores the image the root was made from, as an earlier job did, and
+// returns what the init container notes of it.
+func (p *pod) storeBase() layout.Record {
+	p.t.Helper()
+	p.ims.images[oldImage] = map[string]any{"id": oldImage}
+	rec := layout.Record{URLPath: "/" + p.s3.Bucket + "/" + oldImage + "/rootfs"}
+	for name, path := range map[string]string{"rootfs": filepath.Join(p.cfg.Parent, layout.Image),
+		"initrd": filepath.Join(p.cfg.RootDir, "boot/initrd"), "kernel": filepath.Join(p.cfg.RootDir, "boot/vmlinuz")} {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		info, err := p.store.S3.Put(p.t.Context(), upload.Object{Key: oldImage + "/" + name, Body: bytes.NewReader(b), Size: int64(len(b))})
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		if name == "rootfs" {
+			rec.Size, rec.MD5 = info.Size, info.Metadata["md5sum"]
+		}
+	}
+	return rec
+}
+
+// countSent counts what is sent to the store from now on.
+func (p *pod) countSent() *atomic.Int64 {
+	p.t.Helper()
+	to, err := url.Parse(p.s3.Endpoint)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	var sent atomic.Int64
+	proxy := httptest.NewServer(&httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		sent.Add(max(r.In.ContentLength, 0))
+		r.SetURL(to)
+		r.Out.Host = r.In.Host // it is signed
+	}})
+	p.t.Cleanup(proxy.Close)
+	p.cfg.S3.Endpoint = proxy.URL
+	p.store.S3 = p.newStore()
+	return &sent
 }

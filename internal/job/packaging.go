@@ -65,37 +65,69 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 	if err := errors.Join(flags.RemoveStale(), root.ProtectImageDir()); err != nil {
 		return published{}, err
 	}
-	image, size, err := r.pack(ctx, root)
+	return r.packWhilePublishing(ctx, root, boot)
+}
+
+// packWhilePublishing packs beside all that does not need the image: its record,
+// the upload of the other artifacts. The check of the image, and bringing it to
+// disk, overlap with its digest and its upload.
+func (r *run) packWhilePublishing(ctx context.Context, root *imageroot.Root, boot *imageroot.Boot) (published, error) {
+	file, err := r.createPacked()
 	if err != nil {
 		return published{}, err
 	}
-	defer image.Close()
-	return r.publish(ctx, r.cfg.ArchiveName, artifacts(image, size, boot))
+	defer file.Close()
+	base := r.openBase()
+	if base != nil {
+		defer base.Close()
+	}
+	pending := upload.NewPending()
+	packing, stop := context.WithCancelCause(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		pending.Close(r.guard(func() error { return r.pack(packing, root, base, file, pending.Whole) }))
+	}()
+	p, err := r.publish(ctx, r.cfg.ArchiveName, artifacts(file, pending, boot, base))
+	stop(err)
+	<-done
+	return p, err
 }
 
-// pack writes the image beside the root and returns it opened.
-func (r *run) pack(ctx context.Context, root *imageroot.Root) (*os.File, int64, error) {
+// createPacked makes the file for the new image. Whatever lies under its name,
+// be it a link, is removed and not written to.
+func (r *run) createPacked() (*os.File, error) {
+	if err := os.RemoveAll(r.packedPath()); err != nil {
+		return nil, err
+	}
+	return os.OpenFile(r.packedPath(), os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+}
+
+// pack writes the image to file and calls whole as soon as it can be read.
+func (r *run) pack(ctx context.Context, root *imageroot.Root, base *base, file *os.File, whole func(int64, *upload.Base)) error {
 	opt := squash.Options{MemoryLimit: cgroupMemory() / 4}
 	dir := squash.DirOptions{OneFileSystem: true}
-	if base := r.openBase(); base != nil {
-		defer base.Close()
+	if base != nil {
 		opt.Base, dir.Index = &squash.Base{Image: base.image}, base.index
 	}
 	src, err := squash.DirSource(root.FDPath(), dir)
 	if err != nil {
-		return nil, 0, err
+		return err
 	}
 	defer src.Close()
 	bar := r.progress("packing", 0)
 	opt.Progress = bar.Update
-	stats, err := squash.PackFile(ctx, src, r.packedPath(), opt)
+	opt.Written = func(stats squash.Stats) {
+		bar.Finish()
+		whole(stats.BytesOut, base.shared(stats.Base))
+	}
+	stats, err := squash.PackChecked(ctx, src, file, opt)
 	if err != nil {
 		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 			err = fmt.Errorf("%w; %s", err, moreSpace)
 		}
-		return nil, 0, err
+		return fmt.Errorf("pack the image: %w", err)
 	}
-	bar.Finish()
 	r.logReuse(stats)
 	const most = 50
 	for i, w := range stats.Warnings {
@@ -105,18 +137,14 @@ func (r *run) pack(ctx context.Context, root *imageroot.Root) (*os.File, int64, 
 		}
 		r.log.Warn("packed with a remark", "remark", w)
 	}
-	f, err := os.OpenFile(r.packedPath(), os.O_RDONLY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, 0, err
-	}
-	return f, stats.BytesOut, nil
+	return nil
 }
 
-func artifacts(image io.ReaderAt, size int64, boot *imageroot.Boot) []upload.Artifact {
+func artifacts(image io.ReaderAt, pending *upload.Pending, boot *imageroot.Boot, base *base) []upload.Artifact {
 	all := []upload.Artifact{
-		{Kind: upload.Rootfs, Body: image, Size: size},
-		{Kind: upload.Kernel, Body: boot.Kernel, Size: boot.Kernel.Size},
-		{Kind: upload.Initrd, Body: boot.Initrd, Size: boot.Initrd.Size},
+		{Kind: upload.Rootfs, Body: image, Pending: pending},
+		{Kind: upload.Kernel, Body: boot.Kernel, Size: boot.Kernel.Size, Base: base.sibling(upload.Kernel, boot.Kernel.Size)},
+		{Kind: upload.Initrd, Body: boot.Initrd, Size: boot.Initrd.Size, Base: base.sibling(upload.Initrd, boot.Initrd.Size)},
 	}
 	if p := boot.Parameters; p != nil {
 		all = append(all, upload.Artifact{Kind: upload.BootParameters, Body: p, Size: p.Size})
@@ -137,15 +165,14 @@ func (r *run) publish(ctx context.Context, name string, files []upload.Artifact)
 	}
 	r.log.Info("image record created", "image", image.ID)
 	var bar *progress.P
-	var current upload.Kind
 	res, err := upload.Publish(ctx, r.store, upload.Request{
 		ImageID: image.ID, ImageName: name, JobID: r.cfg.JobID, Artifacts: files, Log: r.log,
 		Progress: func(kind upload.Kind, done, total int64) {
-			if kind != current {
-				if bar != nil {
-					bar.Finish()
-				}
-				current, bar = kind, r.progress("uploading "+string(kind), total)
+			if kind != upload.Rootfs {
+				return // goes on beside the packing, which has a bar of its own
+			}
+			if bar == nil {
+				bar = r.progress("uploading "+string(kind), total)
 			}
 			bar.Update(done, total)
 		},

@@ -37,6 +37,10 @@ type Options struct {
 	// that are in the image, from one goroutine at a time.
 	Progress func(done, total int64)
 
+	// Written, if set, is called once the image is written, before PackFile
+	// checks it and brings it to disk: somebody can read it meanwhile.
+	Written func(Stats)
+
 	// MemoryLimit, in bytes, bounds the blocks in flight; zero means four per
 	// worker, or two of the larger sizes. The compressors' own memory and that
 	// for metadata, some 60 bytes for each inode, come on top of it.
@@ -116,7 +120,11 @@ func PackFile(ctx context.Context, src Source, path string, opt Options) (Stats,
 	if err != nil {
 		return Stats{}, fmt.Errorf("pack %s: %w", path, err)
 	}
-	st, err := packChecked(ctx, src, f, opt)
+	st, err := PackChecked(ctx, src, f, opt)
+	if err == nil {
+		// CreateTemp made it unreadable for others; an image is not secret.
+		err = f.Chmod(0o644)
+	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
 	}
@@ -132,11 +140,15 @@ func PackFile(ctx context.Context, src Source, path string, opt Options) (Stats,
 	return st, nil
 }
 
-// packChecked packs to f, checks the result and brings it to disk.
-func packChecked(ctx context.Context, src Source, f *os.File, opt Options) (Stats, error) {
+// PackChecked is PackFile for an empty file that its caller opened for reading
+// and writing, and disposes of after an error.
+func PackChecked(ctx context.Context, src Source, f *os.File, opt Options) (Stats, error) {
 	w, err := pack(ctx, src, f, opt)
 	if err != nil {
 		return Stats{}, err
+	}
+	if opt.Written != nil {
+		opt.Written(w.stats)
 	}
 	img, err := Open(f, w.stats.BytesOut)
 	if err == nil {
@@ -144,10 +156,6 @@ func packChecked(ctx context.Context, src Source, f *os.File, opt Options) (Stat
 	}
 	if err != nil {
 		return Stats{}, fmt.Errorf("check of the image just written: %w", err)
-	}
-	// CreateTemp made it unreadable for others; an image is not secret.
-	if err := f.Chmod(0o644); err != nil {
-		return Stats{}, err
 	}
 	if err := f.Sync(); err != nil {
 		return Stats{}, w.out.explain(err)

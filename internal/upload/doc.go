@@ -20,6 +20,20 @@
 // total timeout: an image may take hours. A transfer that moves no byte for
 // S3Config.StallTimeout is cut and tried again.
 //
+// # What is not sent
+//
+// With a [Base], an object in the same bucket that has some of the same bytes at
+// the same offsets, the store copies those (UploadPartCopy) in a few large ranges
+// and only the rest travels. Nothing the store says of the base is relied on:
+// the ETag of each part it makes must be the MD5 of the same range of the body.
+// What cannot be copied, for whatever reason, is sent.
+//
+// A [Pending] artifact is still being made while the others are uploaded. It is
+// not sent before all of it is there, since its digest is metadata that an upload
+// begins with, and that cannot be added later: Ceph releases exist that lose an
+// object's data some hours after it was copied onto itself for new metadata
+// (tracker.ceph.com/issues/70746).
+//
 // # Dialect
 //
 // Path-style addresses; no SDK checksum headers or trailers unless the protocol

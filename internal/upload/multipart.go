@@ -6,19 +6,16 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/md5"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
-	"golang.org/x/sync/errgroup"
 )
 
 // Object is something to store.
@@ -29,6 +26,21 @@ type Object struct {
 	MD5      string            // hex digest of the whole body; "" lets Put compute it
 	Metadata map[string]string // values may be any text; "md5sum" is added by Put
 	Progress func(n int64)     // n more bytes are acknowledged; nil for none; calls may overlap
+	Base     *Base             // nil: everything is sent
+
+	// Confirm, if set, is called when all is sent, and before the object comes
+	// into being; an error of it ends the upload.
+	Confirm func(context.Context) error
+}
+
+// Base is an object in the same bucket that has some of the same bytes at the
+// same offsets, which the store can copy itself. It is used only when it is found
+// there with its size and MD5, and what is copied is compared with the body.
+type Base struct {
+	Key      string
+	Size     int64
+	MD5      string // "" for that of the object to store, whose content it has
+	From, To int64  // the same bytes; From is less than 5 MiB
 }
 
 // afterwards is the context for cleaning up after a failure: bounded, and
@@ -60,7 +72,11 @@ func (s *S3) Put(ctx context.Context, o Object) (Info, error) {
 	if o.Progress == nil {
 		o.Progress = func(int64) {}
 	}
-	if o.Size <= s.partSize {
+	if o.Confirm == nil {
+		o.Confirm = func(context.Context) error { return nil }
+	}
+	o.Base = s.usable(ctx, o)
+	if o.Size <= s.partSize && o.Base == nil {
 		err = s.putSingle(ctx, o, meta)
 	} else {
 		err = s.putParts(ctx, o, meta)
@@ -93,6 +109,9 @@ func (s *S3) putSingle(ctx context.Context, o Object, meta map[string]string) er
 	sum, err := hex.DecodeString(o.MD5)
 	if err != nil {
 		return fmt.Errorf("upload %s: MD5 %q is not hexadecimal", s.URL(o.Key), o.MD5)
+	}
+	if err := o.Confirm(ctx); err != nil {
+		return err
 	}
 	err = s.retry(ctx, "upload "+s.URL(o.Key), func(ctx context.Context) error {
 		_, err := s.client.PutObject(ctx, &s3.PutObjectInput{
@@ -130,7 +149,7 @@ func partSizeFor(size, smallest int64) (int64, error) {
 
 func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (err error) {
 	op := "upload " + s.URL(o.Key)
-	size, err := partSizeFor(o.Size, s.partSize)
+	size, err := partSizeFor(o.Size+o.Size/1000, s.partSize) // ranges that are copied end in short parts
 	if err != nil {
 		return fmt.Errorf("%s: %w", op, err)
 	}
@@ -143,30 +162,33 @@ func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (er
 			s.abort(ctx, o.Key, id)
 		}
 	}()
-	count := int((o.Size + size - 1) / size)
-	parts := make([]types.CompletedPart, count)
-	for i := range parts {
-		parts[i].PartNumber = aws.Int32(int32(i + 1))
-	}
-	if err := s.sendParts(ctx, o, id, size, parts, func(int) bool { return true }); err != nil {
+	t := &transfer{s: s, o: o, id: id, part: size, parts: map[int32]sentPart{},
+		slots: make(chan struct{}, s.parallel), copying: make(chan struct{}, copyRequests)}
+	if err := t.run(ctx, cut(o.Size, size, o.Base)); err != nil {
 		return err
 	}
-	err = s.complete(ctx, o, id, parts)
-	var se *Error
-	if errors.As(err, &se) && se.Code == "InvalidPart" {
-		// A part's late first try may have replaced the acknowledged one.
-		var stored map[int32]string
-		if stored, err = s.storedParts(ctx, o.Key, id); err != nil {
-			return err
-		}
-		s.log.Warn("the store has other parts than it acknowledged; sending those again", "object", s.URL(o.Key))
-		err = s.sendParts(ctx, o, id, size, parts, func(i int) bool { return stored[int32(i+1)] != unquote(aws.ToString(parts[i].ETag)) })
-		if err != nil {
-			return err
-		}
-		err = s.complete(ctx, o, id, parts)
+	if err := o.Confirm(ctx); err != nil {
+		return err
 	}
-	return err
+	return t.complete(ctx)
+}
+
+// usable returns the object's base if copying from it can work and pays.
+func (s *S3) usable(ctx context.Context, o Object) *Base {
+	b := o.Base
+	if b == nil || b.To-b.head() < worthCopying {
+		return nil
+	}
+	info, err := s.Head(ctx, b.Key)
+	switch {
+	case err != nil:
+	case info.Size != b.Size || info.Metadata["md5sum"] != cmp.Or(b.MD5, o.MD5) || b.To > info.Size:
+		err = errors.New("it is another object by now")
+	default:
+		return b
+	}
+	s.log.Info("all of the object is sent: the store cannot copy from the old one", "object", s.URL(o.Key), "old", s.URL(b.Key), "why", err)
+	return nil
 }
 
 func (s *S3) begin(ctx context.Context, key string, meta map[string]string) (string, error) {
@@ -185,68 +207,6 @@ func (s *S3) begin(ctx context.Context, key string, meta map[string]string) (str
 		err = fmt.Errorf("begin the upload of %s: the store gave no upload id; check that S3_ENDPOINT is an S3 store", s.URL(key))
 	}
 	return id, err
-}
-
-// partGrace is how long parts on their way may take to arrive after the upload
-// has failed or was cancelled. A part that arrives after the abort stays in
-// some stores for ever, where no listing shows it.
-const partGrace = 3 * time.Second
-
-// sendParts uploads the wanted parts, a few at a time, and notes their ETags.
-// When it returns, no request is under way.
-func (s *S3) sendParts(ctx context.Context, o Object, id string, size int64, parts []types.CompletedPart, want func(i int) bool) error {
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(s.parallel)
-	requests, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-	defer cancel(nil)
-	defer context.AfterFunc(gctx, func() {
-		time.AfterFunc(partGrace, func() { cancel(context.Cause(gctx)) })
-	})()
-	for i := range parts {
-		if !want(i) {
-			continue
-		}
-		if gctx.Err() != nil {
-			break
-		}
-		g.Go(func() error {
-			off := int64(i) * size
-			n := min(size, o.Size-off)
-			etag, err := s.sendPart(gctx, requests, o, id, int32(i+1), off, n)
-			if err != nil {
-				return err
-			}
-			parts[i].ETag = &etag
-			o.Progress(n)
-			return nil
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	return context.Cause(ctx) // set when the loop ended before any part noticed
-}
-
-// sendPart uploads one part. ctx ends the attempts, requests the one under way.
-func (s *S3) sendPart(ctx, requests context.Context, o Object, id string, number int32, off, n int64) (string, error) {
-	h := md5.New()
-	if _, err := io.Copy(h, io.NewSectionReader(o.Body, off, n)); err != nil {
-		return "", fmt.Errorf("read part %d of %s: %w", number, s.URL(o.Key), err)
-	}
-	sum := base64.StdEncoding.EncodeToString(h.Sum(nil))
-	var etag string
-	err := s.retry(ctx, fmt.Sprintf("upload part %d of %s", number, s.URL(o.Key)), func(context.Context) error {
-		out, err := s.client.UploadPart(requests, &s3.UploadPartInput{
-			Bucket: &s.bucket, Key: &o.Key, UploadId: &id, PartNumber: &number,
-			ContentMD5: &sum, ContentLength: &n, Body: bodyOf(o, off, n),
-		})
-		if err != nil {
-			return err
-		}
-		etag = aws.ToString(out.ETag)
-		return nil
-	})
-	return etag, err
 }
 
 // complete assembles the parts. Whatever the answer, the object decides.
@@ -347,29 +307,18 @@ func (s *S3) copyParts(ctx context.Context, source, to string, info Info) (err e
 			s.abort(ctx, to, id)
 		}
 	}()
-	var parts []types.CompletedPart
+	t := &transfer{s: s, o: Object{Key: to, Size: info.Size, MD5: info.Metadata["md5sum"]}, id: id, parts: map[int32]sentPart{}}
 	for off := int64(0); off < info.Size; off += size {
-		number := int32(len(parts) + 1)
-		span := fmt.Sprintf("bytes=%d-%d", off, min(off+size, info.Size)-1)
+		p := piece{number: int32(len(t.parts) + 1), off: off, n: min(size, info.Size-off)}
 		var etag string
-		err := s.retry(ctx, fmt.Sprintf("copy part %d to %s", number, s.URL(to)), func(ctx context.Context) error {
-			out, err := s.client.UploadPartCopy(withPatience(ctx, completePatience), &s3.UploadPartCopyInput{
-				Bucket: &s.bucket, Key: &to, UploadId: &id, PartNumber: &number, CopySource: &source, CopySourceRange: &span,
-			})
-			if err != nil {
-				return err
-			}
-			if out.CopyPartResult == nil {
-				return errors.New("the store sent no CopyPartResult")
-			}
-			etag = aws.ToString(out.CopyPartResult.ETag)
-			return nil
+		err := s.retry(ctx, fmt.Sprintf("copy part %d to %s", p.number, s.URL(to)), func(ctx context.Context) (err error) {
+			etag, err = s.copyRange(ctx, source, to, id, p)
+			return err
 		})
 		if err != nil {
 			return err
 		}
-		parts = append(parts, types.CompletedPart{PartNumber: &number, ETag: &etag})
+		t.parts[p.number] = sentPart{p, etag}
 	}
-	slices.SortFunc(parts, func(a, b types.CompletedPart) int { return cmp.Compare(*a.PartNumber, *b.PartNumber) })
-	return s.complete(ctx, Object{Key: to, Size: info.Size, MD5: info.Metadata["md5sum"]}, id, parts)
+	return s.complete(ctx, t.o, id, t.completed())
 }

@@ -11,11 +11,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 )
 
 // Store is what a transaction needs of a store.
@@ -56,9 +58,11 @@ var mediaTypes = map[Kind]string{
 // Artifact is one file of an image. Body is read more than once and must not
 // change until Publish returns.
 type Artifact struct {
-	Kind Kind
-	Body io.ReaderAt
-	Size int64
+	Kind    Kind
+	Body    io.ReaderAt
+	Size    int64
+	Base    *Base    // nil: everything is sent
+	Pending *Pending // nil: Body is whole; otherwise Size and Base come from it
 }
 
 // Request is an image to publish.
@@ -122,22 +126,14 @@ func Publish(ctx context.Context, store Store, r Request) (res Result, err error
 	slices.SortStableFunc(artifacts, func(a, b Artifact) int {
 		return cmp.Compare(slices.Index(order, a.Kind), slices.Index(order, b.Kind))
 	})
-	for _, a := range artifacts {
-		entry, err := r.put(ctx, store, a, map[string]string{
-			"x-shasta-ims-image-name": shortened(r.ImageName),
-			"x-shasta-ims-image-id":   r.ImageID,
-			"x-shasta-ims-job-id":     r.JobID,
-		})
-		if err != nil {
-			return Result{}, err
-		}
-		res.Artifacts = append(res.Artifacts, entry)
+	if res.Artifacts, err = r.putAll(ctx, store, artifacts); err != nil {
+		return Result{}, err
 	}
 	body, err := encodeManifest(res.Artifacts, time.Now())
 	if err != nil {
 		return Result{}, err
 	}
-	entry, err := r.put(ctx, store, Artifact{Kind: manifest, Body: bytes.NewReader(body), Size: int64(len(body))}, nil)
+	entry, err := r.put(ctx, store, Artifact{Kind: manifest, Body: bytes.NewReader(body), Size: int64(len(body))}, nil, new(sync.Mutex))
 	if err != nil {
 		return Result{}, err
 	}
@@ -165,8 +161,54 @@ func (r Request) check() error {
 	return nil
 }
 
-func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[string]string) (Entry, error) {
+// putAll uploads the small artifacts while the root file system is being made or
+// on its way.
+func (r Request) putAll(ctx context.Context, store Store, artifacts []Artifact) ([]Entry, error) {
+	entries := make([]Entry, len(artifacts))
+	var progress sync.Mutex
+	g, ctx := errgroup.WithContext(ctx)
+	put := func(ctx context.Context, i int) (err error) {
+		entries[i], err = r.put(ctx, store, artifacts[i], map[string]string{
+			"x-shasta-ims-image-name": shortened(r.ImageName),
+			"x-shasta-ims-image-id":   r.ImageID,
+			"x-shasta-ims-job-id":     r.JobID,
+		}, &progress)
+		return err
+	}
+	g.Go(func() error { return guard(func() error { return put(ctx, 0) }) })
+	g.Go(func() error {
+		return guard(func() error {
+			for i := range artifacts[1:] {
+				if err := put(ctx, i+1); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
+	return entries, g.Wait()
+}
+
+// guard turns a panic into an error, so that what was uploaded is taken back.
+func guard(do func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("internal error: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return do()
+}
+
+func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[string]string, progress *sync.Mutex) (Entry, error) {
 	key := r.ImageID + "/" + string(a.Kind)
+	var confirm func(context.Context) error
+	if a.Pending != nil {
+		var err error
+		if a.Size, a.Base, err = a.Pending.await(ctx); err != nil {
+			return Entry{}, err
+		}
+		confirm = a.Pending.confirmed
+	}
 	sum, err := md5Of(ctx, a.Body, a.Size)
 	if err != nil {
 		return Entry{}, fmt.Errorf("read the %s to upload: %w", a.Kind, err)
@@ -176,17 +218,16 @@ func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[stri
 			delete(meta, k)
 		}
 	}
-	o := Object{Key: key, Body: a.Body, Size: a.Size, MD5: sum, Metadata: meta}
+	o := Object{Key: key, Body: a.Body, Size: a.Size, MD5: sum, Metadata: meta, Base: a.Base, Confirm: confirm}
 	if r.Progress != nil {
-		var mu sync.Mutex
 		var done int64
-		r.Progress(a.Kind, 0, a.Size)
 		o.Progress = func(n int64) {
-			mu.Lock()
-			defer mu.Unlock()
+			progress.Lock()
+			defer progress.Unlock()
 			done += n
 			r.Progress(a.Kind, done, a.Size)
 		}
+		o.Progress(0)
 	}
 	info, err := store.Put(ctx, o)
 	if err != nil {

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package upload
+
+import (
+	"context"
+	"crypto/md5"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"golang.org/x/sync/errgroup"
+)
+
+// Copies of ranges: few and large, because stores really copy, and each request
+// has its own cost there.
+const (
+	worthCopying = minPartSize // less is not worth the requests
+	copyEach     = 32 << 20    // what one of several requests copies at least
+	copyRequests = 4           // as long as none copies more than copyMost
+	copyMost     = 4 << 30     // S3 allows 5 GiB
+)
+
+// piece is a range of the body that becomes a part. One that is copied can be
+// longer than a part; its number stands for as many as it would be if sent.
+type piece struct {
+	number int32
+	off, n int64
+	copied bool
+}
+
+// head is how much is sent before what is copied: the beginning that is not the
+// same, and as much more as a part must have.
+func (b *Base) head() int64 {
+	if b.From > 0 {
+		return minPartSize
+	}
+	return 0
+}
+
+// cut makes pieces of a body, no longer than part where they are sent. base may
+// be nil.
+func cut(size, part int64, base *Base) []piece {
+	var list []piece
+	var off int64
+	number := int32(1)
+	take := func(n int64, copied bool) {
+		list = append(list, piece{number, off, n, copied})
+		off += n
+		number += int32((n + part - 1) / part)
+	}
+	if base != nil {
+		if n := base.head(); n > 0 {
+			take(n, false)
+		}
+		n := base.To - off
+		requests := max(min(n/copyEach, copyRequests), (n+copyMost-1)/copyMost, 1)
+		span := ((n+requests-1)/requests + part - 1) / part * part
+		for n > 0 {
+			step := min(span, n)
+			if n-step < part {
+				step = n
+			}
+			take(step, true)
+			n -= step
+		}
+	}
+	for off < size {
+		take(min(part, size-off), false)
+	}
+	return list
+}
+
+// transfer is one multipart upload.
+type transfer struct {
+	s        *S3
+	o        Object
+	id       string
+	part     int64
+	requests context.Context // ends a while after the upload has failed
+	slots    chan struct{}   // for parts that are sent
+	copying  chan struct{}   // for those that are copied
+
+	mu    sync.Mutex
+	parts map[int32]sentPart
+}
+
+type sentPart struct {
+	piece
+	etag string // as the store gave it
+}
+
+// partGrace is how long parts on their way may take to arrive after the upload
+// has failed or was cancelled. A part that arrives after the abort stays in
+// some stores for ever, where no listing shows it.
+const partGrace = 3 * time.Second
+
+// run uploads the pieces, a few at a time. When it returns, no request is under
+// way.
+func (t *transfer) run(ctx context.Context, pieces []piece) error {
+	g, gctx := errgroup.WithContext(ctx)
+	requests, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	defer context.AfterFunc(gctx, func() {
+		time.AfterFunc(partGrace, func() { cancel(context.Cause(gctx)) })
+	})()
+	t.requests = requests
+	for _, p := range pieces {
+		if p.copied {
+			g.Go(func() error { return t.copy(gctx, p) })
+		}
+	}
+	for _, p := range pieces {
+		if p.copied {
+			continue
+		}
+		if acquire(gctx, t.slots) != nil {
+			break
+		}
+		g.Go(func() error {
+			defer release(t.slots)
+			return t.send(gctx, p)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return context.Cause(ctx) // set when the loop ended before any part noticed
+}
+
+func acquire(ctx context.Context, slots chan struct{}) error {
+	select {
+	case slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func release(slots chan struct{}) { <-slots }
+
+func (t *transfer) note(p piece, etag string) {
+	t.mu.Lock()
+	t.parts[p.number] = sentPart{p, etag}
+	t.mu.Unlock()
+	t.o.Progress(p.n)
+}
+
+// send uploads one part. ctx ends the attempts, t.requests the one under way.
+func (t *transfer) send(ctx context.Context, p piece) error {
+	s, o := t.s, t.o
+	h := md5.New()
+	if _, err := io.Copy(h, io.NewSectionReader(o.Body, p.off, p.n)); err != nil {
+		return fmt.Errorf("read part %d of %s: %w", p.number, s.URL(o.Key), err)
+	}
+	sum := base64.StdEncoding.EncodeToString(h.Sum(nil))
+	var etag string
+	err := s.retry(ctx, fmt.Sprintf("upload part %d of %s", p.number, s.URL(o.Key)), func(context.Context) error {
+		out, err := s.client.UploadPart(t.requests, &s3.UploadPartInput{
+			Bucket: &s.bucket, Key: &o.Key, UploadId: &t.id, PartNumber: &p.number,
+			ContentMD5: &sum, ContentLength: &p.n, Body: bodyOf(o, p.off, p.n),
+		})
+		if err != nil {
+			return err
+		}
+		etag = aws.ToString(out.ETag)
+		return nil
+	})
+	if err == nil {
+		t.note(p, etag)
+	}
+	return err
+}
+
+// split makes a copied piece pieces that are sent, none of them too short to have
+// another behind it.
+func split(p piece, part int64) (list []piece) {
+	for ; p.n >= part+minPartSize; p.number, p.off, p.n = p.number+1, p.off+part, p.n-part {
+		list = append(list, piece{number: p.number, off: p.off, n: part})
+	}
+	return append(list, piece{number: p.number, off: p.off, n: p.n})
+}
+
+// copy has the store copy a piece from the base's object. Whether that still
+// holds the same bytes, and whether the store takes a precondition seriously,
+// nobody knows; the part's ETag, the MD5 of its bytes, is the proof. A piece
+// that cannot be copied is sent.
+func (t *transfer) copy(ctx context.Context, p piece) error {
+	if err := acquire(ctx, t.copying); err != nil {
+		return err
+	}
+	defer release(t.copying)
+	etag, err := t.tryCopy(ctx, p)
+	if err == nil {
+		t.note(p, etag)
+		return nil
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	t.s.log.Warn("a range of the old image is sent instead of copied in the store", "object", t.s.URL(t.o.Key),
+		"from", p.off, "bytes", p.n, "why", err)
+	for _, p := range split(p, t.part) {
+		if err := acquire(ctx, t.slots); err != nil {
+			return err
+		}
+		err := t.send(ctx, p)
+		release(t.slots)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *transfer) tryCopy(ctx context.Context, p piece) (etag string, err error) {
+	g, _ := errgroup.WithContext(ctx)
+	var sum string
+	g.Go(func() (err error) {
+		sum, err = md5Of(ctx, io.NewSectionReader(t.o.Body, p.off, p.n), p.n)
+		return err
+	})
+	// One attempt: what is sent instead is tried for longer.
+	etag, err = t.s.copyRange(t.requests, t.s.bucket+"/"+escapeKey(t.o.Base.Key), t.o.Key, t.id, p)
+	if err != nil {
+		err = t.s.explain("copy part "+fmt.Sprint(p.number), err)
+	}
+	if err := errors.Join(err, g.Wait()); err != nil {
+		return "", err
+	}
+	if unquote(etag) != sum {
+		return "", fmt.Errorf("the copy has the MD5 %s, the image has %s there: the object was replaced, or the store has other ETags", unquote(etag), sum)
+	}
+	return etag, nil
+}
+
+// copyRange makes a part of a range of another object.
+func (s *S3) copyRange(ctx context.Context, source, key, id string, p piece) (etag string, err error) {
+	span := fmt.Sprintf("bytes=%d-%d", p.off, p.off+p.n-1)
+	out, err := s.client.UploadPartCopy(withPatience(ctx, completePatience), &s3.UploadPartCopyInput{
+		Bucket: &s.bucket, Key: &key, UploadId: &id, PartNumber: &p.number, CopySource: &source, CopySourceRange: &span,
+	})
+	if err != nil {
+		return "", err
+	}
+	if out.CopyPartResult == nil {
+		return "", errors.New("the store sent no CopyPartResult")
+	}
+	return aws.ToString(out.CopyPartResult.ETag), nil
+}
+
+// complete assembles the parts, after sending again those that the store has
+// otherwise than it said.
+func (t *transfer) complete(ctx context.Context) error {
+	err := t.s.complete(ctx, t.o, t.id, t.completed())
+	var se *Error
+	if !errors.As(err, &se) || se.Code != "InvalidPart" {
+		return err
+	}
+	// A part's late first try may have replaced the acknowledged one.
+	stored, err := t.s.storedParts(ctx, t.o.Key, t.id)
+	if err != nil {
+		return err
+	}
+	t.s.log.Warn("the store has other parts than it acknowledged; sending those again", "object", t.s.URL(t.o.Key))
+	var again []piece
+	for number, part := range t.parts {
+		if stored[number] != unquote(part.etag) {
+			again = append(again, split(part.piece, t.part)...)
+		}
+	}
+	if err := t.run(ctx, again); err != nil {
+		return err
+	}
+	return t.s.complete(ctx, t.o, t.id, t.completed())
+}
+
+// completed lists the parts in their order.
+func (t *transfer) completed() []types.CompletedPart {
+	var list []types.CompletedPart
+	for _, number := range slices.Sorted(maps.Keys(t.parts)) {
+		etag := t.parts[number].etag
+		list = append(list, types.CompletedPart{PartNumber: &number, ETag: &etag})
+	}
+	return list
+}
