@@ -18,7 +18,8 @@ import (
 type comparison struct {
 	name         string
 	ours, theirs side
-	single       bool // takes minutes: run once, without warming up
+	goal         float64 // how many times as fast as the other we mean to be; 0: none is set
+	single       bool    // takes minutes: run once, without warming up
 }
 
 // once returns the comparison for a job that takes minutes.
@@ -30,8 +31,9 @@ func (c comparison) once() comparison {
 // side is one way to do the job.
 type side struct {
 	argv   []string
-	before func() error // puts things back, outside the measured time
-	output string       // a file whose size matters
+	before func() error   // puts things back, outside the measured time
+	output string         // a file whose size matters
+	server func() float64 // CPU of the server that serves argv since its start, in seconds; nil: there is none
 }
 
 // figures are medians: seconds, seconds of user and system CPU, bytes.
@@ -72,6 +74,10 @@ func (s side) run(ctx context.Context) (figures, error) {
 	}
 	var out bytes.Buffer
 	resetPeak()
+	served := 0.0
+	if s.server != nil {
+		served = -s.server()
+	}
 	cmd := exec.CommandContext(ctx, s.argv[0], s.argv[1:]...)
 	cmd.Stdout, cmd.Stderr = nil, &out
 	start := time.Now()
@@ -81,6 +87,9 @@ func (s side) run(ctx context.Context) (figures, error) {
 		return figures{}, fmt.Errorf("%v: %w\n%s", s.argv, err, out.Bytes())
 	}
 	f := figures{wall: wall.Seconds(), cpu: (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds()}
+	if s.server != nil {
+		f.cpu += served + s.server()
+	}
 	if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
 		f.rss = usage.Maxrss << 10 // getrusage(2): kilobytes
 	}

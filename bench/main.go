@@ -26,15 +26,19 @@ func main() {
 	flag.StringVar(&b.bin, "bin", "bin", "directory of sshd, sidecar and imslocal")
 	flag.StringVar(&b.image, "image", "build/base/bookworm.squashfs", "image whose tree is packed and unpacked")
 	flag.IntVar(&b.n, "n", 5, "runs of each side")
-	flag.StringVar(&b.topics, "topics", "squashfs,delta,ssh,jobs,growth,scaling", "what to compare, separated by commas")
+	flag.StringVar(&b.topics, "topics", "squashfs,delta,ssh,readings,jobs,growth,scaling", "what to compare, separated by commas")
 	flag.StringVar(&b.only, "only", "", "run only comparisons whose name contains this")
 	files := flag.Int("synthetic", 0, "only pack so many small files that exist nowhere")
+	address := flag.String("execs", "", "only run 100 commands on one connection to this SSH server")
+	key := flag.String("key", "", "key for -execs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	var err error
 	if *files > 0 {
 		err = packSynthetic(ctx, *files)
+	} else if *address != "" {
+		err = execMany(ctx, *address, *key, 100)
 	} else {
 		err = b.run(ctx)
 	}
@@ -65,7 +69,7 @@ func (b bench) run(ctx context.Context) error {
 		"squashfs": squashfs, "delta": delta, "ssh": ssh,
 	}
 	reports := map[string]func(ctx context.Context, bin, image, work string, w io.Writer) error{
-		"jobs": jobs, "growth": growth, "scaling": scaling,
+		"readings": readings, "jobs": jobs, "growth": growth, "scaling": scaling,
 	}
 	for topic := range strings.SplitSeq(b.topics, ",") {
 		if prepare, ok := tables[topic]; ok {
@@ -91,7 +95,7 @@ func (b bench) table(ctx context.Context, prepare func(ctx context.Context, bin,
 	}
 	defer done()
 	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(table, "comparison\tours\ttheirs\tfaster\tour CPU\ttheir CPU\tour MiB\ttheir MiB\tsize\t\n")
+	fmt.Fprintf(table, "comparison\tours\ttheirs\tfaster\tgoal\tour CPU\ttheir CPU\tour MiB\ttheir MiB\tsize\t\n")
 	for _, c := range list {
 		if !strings.Contains(c.name, b.only) {
 			continue
@@ -104,8 +108,12 @@ func (b bench) table(ctx context.Context, prepare func(ctx context.Context, bin,
 		if theirs.bytes > 0 {
 			size = fmt.Sprintf("%.4f", float64(ours.bytes)/float64(theirs.bytes))
 		}
-		fmt.Fprintf(table, "%s\t%.2fs\t%.2fs\t%.1fx\t%.2fs\t%.2fs\t%d\t%d\t%s\t\n", c.name,
-			ours.wall, theirs.wall, theirs.wall/ours.wall, ours.cpu, theirs.cpu, ours.rss>>20, theirs.rss>>20, size)
+		goal := ""
+		if c.goal > 0 {
+			goal = fmt.Sprintf("%.1fx", c.goal)
+		}
+		fmt.Fprintf(table, "%s\t%.2fs\t%.2fs\t%.1fx\t%s\t%.2fs\t%.2fs\t%d\t%d\t%s\t\n", c.name,
+			ours.wall, theirs.wall, theirs.wall/ours.wall, goal, ours.cpu, theirs.cpu, ours.rss>>20, theirs.rss>>20, size)
 		table.Flush()
 	}
 	return nil

@@ -5,101 +5,164 @@ package main
 import (
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"syscall"
-	"time"
+
+	"golang.org/x/sys/unix"
 )
 
-// ssh compares the gateway, plain, with OpenSSH's sshd: same client, same key, loopback.
-func ssh(ctx context.Context, bin, _, work string) ([]comparison, func(), error) {
-	key := filepath.Join(work, "id")
-	for _, argv := range [][]string{
-		{"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key},
-		{"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(work, "host")},
-		{"cp", key + ".pub", filepath.Join(work, "authorized_keys")},
-		{"mkdir", "-p", filepath.Join(work, "job/image-root"), "/run/sshd"},
-		{"touch", filepath.Join(work, "job/ready")},
-	} {
-		if out, err := exec.CommandContext(ctx, argv[0], argv[1:]...).CombinedOutput(); err != nil {
-			return nil, nil, fmt.Errorf("%v: %w\n%s", argv, err, out)
-		}
-	}
-	var daemons []*exec.Cmd
-	stop := func() {
-		for _, d := range daemons {
-			d.Process.Signal(syscall.SIGTERM)
-			d.Wait()
-		}
-	}
-	serve := func(name string, env []string) (int, error) {
-		port, err := freePort()
-		if err != nil {
-			return 0, err
-		}
-		config := filepath.Join(work, filepath.Base(filepath.Dir(name))+".conf")
-		text := fmt.Sprintf("Port %d\nListenAddress 127.0.0.1\nHostKey %s\nPermitRootLogin yes\nPubkeyAuthentication yes\n"+
-			"AuthorizedKeysFile %s\nPasswordAuthentication no\nStrictModes no\nMaxStartups 200\nSubsystem sftp internal-sftp\n",
-			port, filepath.Join(work, "host"), filepath.Join(work, "authorized_keys"))
-		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-			return 0, err
-		}
-		d := exec.CommandContext(ctx, name, "-D", "-e", "-f", config)
-		d.Env = append(os.Environ(), env...)
-		if err := d.Start(); err != nil {
-			return 0, err
-		}
-		daemons = append(daemons, d)
-		for range 100 {
-			if c, err := net.Dial("tcp", "127.0.0.1:"+strconv.Itoa(port)); err == nil {
-				return port, c.Close()
-			}
-			time.Sleep(50 * time.Millisecond)
-		}
-		return 0, fmt.Errorf("%s does not listen", name)
-	}
-	ours, err := serve(filepath.Join(bin, "sshd"), []string{
-		"IMS_JOB_ID=bench", "IMS_ACTION=customize", "SSH_JAIL=False", "SSHD_OPTIONS=",
-		"IMAGE_ROOT_PARENT=" + filepath.Join(work, "job")})
-	if err == nil {
-		var theirs int
-		if theirs, err = serve("/usr/sbin/sshd", nil); err == nil {
-			return sshComparisons(work, key, ours, theirs), stop, nil
-		}
-	}
-	stop()
-	return nil, nil, err
+// Sizes of what is moved and listed.
+const (
+	payloadBytes  = 256 << 20
+	listedEntries = 50_000
+)
+
+// sshBench compares the gateway with OpenSSH's sshd: same client, same key, loopback, each server's and the client's
+// default choice of algorithms.
+type sshBench struct {
+	ctx     context.Context
+	sshd    string // our program
+	dir     string // keys and configurations; its parents belong to root, as ChrootDirectory demands
+	job     string // in it: IMAGE_ROOT_PARENT
+	work    string // a tmpfs for what is moved
+	daemons []*daemon
 }
 
-func sshComparisons(work, key string, ours, theirs int) []comparison {
-	options := "-F /dev/null -i " + key + " -o IdentitiesOnly=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
-	payload := filepath.Join(work, "payload")
-	pair := func(name, script string) comparison {
-		shell := func(port int) side {
-			return side{argv: []string{"bash", "-euc", "O='" + options + "'; P=" + strconv.Itoa(port) + "; W=" + work + "\n" + script}}
-		}
-		return comparison{name: name + ", vs OpenSSH", ours: shell(ours), theirs: shell(theirs)}
-	}
-	return []comparison{
-		pair("20 connections with one exec each", `for i in $(seq 20); do ssh $O -p $P root@127.0.0.1 true; done`),
-		pair("50 connections at once", `for i in $(seq 50); do ssh $O -p $P root@127.0.0.1 true & done; wait`),
-		pair("100 execs on one connection", `ssh $O -p $P -o ControlMaster=yes -o ControlPath=$W/m$P -fN root@127.0.0.1
-for i in $(seq 100); do ssh $O -p $P -o ControlPath=$W/m$P root@127.0.0.1 true; done; ssh $O -o ControlPath=$W/m$P -O exit root@127.0.0.1`),
-		pair("sftp put 256 MiB", `[ -s `+payload+` ] || head -c 268435456 /dev/urandom > `+payload+`
-echo "put `+payload+` `+payload+`.remote" | sftp -q $O -P $P -b - root@127.0.0.1`),
-		pair("sftp get 256 MiB", `echo "get `+payload+` `+payload+`.local" | sftp -q $O -P $P -b - root@127.0.0.1`),
-		pair("ssh cat of 256 MiB", `ssh $O -p $P root@127.0.0.1 "cat `+payload+`" > /dev/null`),
-	}
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+// ssh compares the servers, each plain and in the tree of image.
+func ssh(ctx context.Context, bin, image, work string) ([]comparison, func(), error) {
+	b, err := newSSHBench(ctx, bin, work)
 	if err != nil {
-		return 0, err
+		return nil, nil, err
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port, nil
+	list, err := b.prepare(bin, image)
+	if err != nil {
+		b.close()
+		return nil, nil, err
+	}
+	return list, b.close, nil
+}
+
+// newSSHBench makes the keys and the directory of a job.
+func newSSHBench(ctx context.Context, bin, work string) (*sshBench, error) {
+	b := &sshBench{ctx: ctx, sshd: filepath.Join(bin, "sshd"), work: filepath.Join(work, "ssh")}
+	var err error
+	if b.dir, err = os.MkdirTemp("/var/lib", "ims-buildenv-bench"); err != nil {
+		return nil, err
+	}
+	b.job = filepath.Join(b.dir, "job")
+	err = b.commands([][]string{
+		{"chmod", "755", b.dir},
+		{"mkdir", "-p", filepath.Join(b.job, "image-root"), "/run/sshd"},
+		{"touch", filepath.Join(b.job, "ready")},
+		{"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(b.dir, "id")},
+		{"ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(b.dir, "host")},
+		{"cp", filepath.Join(b.dir, "id.pub"), filepath.Join(b.dir, "authorized_keys")},
+	})
+	if err != nil {
+		b.close()
+		return nil, err
+	}
+	return b, nil
+}
+
+func (b *sshBench) commands(list [][]string) error {
+	for _, argv := range list {
+		if out, err := exec.CommandContext(b.ctx, argv[0], argv[1:]...).CombinedOutput(); err != nil {
+			return fmt.Errorf("%v: %w\n%s", argv, err, out)
+		}
+	}
+	return nil
+}
+
+func (b *sshBench) close() {
+	for _, d := range b.daemons {
+		d.stop()
+	}
+	unix.Unmount(b.work, unix.MNT_DETACH)
+	os.RemoveAll(b.dir)
+}
+
+func (b *sshBench) prepare(bin, image string) ([]comparison, error) {
+	if err := os.Mkdir(b.work, 0o700); err != nil {
+		return nil, err
+	}
+	if err := unix.Mount("none", b.work, "tmpfs", 0, "mode=0700"); err != nil {
+		return nil, fmt.Errorf("mount a tmpfs for what is moved (needs root): %w", err)
+	}
+	root := filepath.Join(b.job, "image-root")
+	err := b.commands([][]string{
+		{"rmdir", root},
+		{filepath.Join(bin, "sidecar"), "unpack", image, root},
+		{"bash", "-euc", `cd "$0"; mkdir list; cd list; seq ` + strconv.Itoa(listedEntries) + ` | xargs touch
+head -c ` + strconv.Itoa(payloadBytes) + ` /dev/urandom > ../payload`, b.work},
+	})
+	if err != nil {
+		return nil, err
+	}
+	var plain, jailed [2]*daemon
+	for _, s := range []struct {
+		to      **daemon
+		program string
+		lines   string
+		env     []string
+	}{
+		{&plain[0], b.sshd, "", jobEnv(b.job, "False")},
+		{&plain[1], "/usr/sbin/sshd", "", nil},
+		{&jailed[0], b.sshd, "", jobEnv(b.job, "True")},
+		{&jailed[1], "/usr/sbin/sshd", "ChrootDirectory " + root, nil},
+	} {
+		if *s.to, err = b.start(s.program, s.lines, s.env, ""); err != nil {
+			return nil, err
+		}
+		b.daemons = append(b.daemons, *s.to)
+	}
+	return b.comparisons(plain, jailed), nil
+}
+
+func jobEnv(job, jail string) []string {
+	return []string{"IMS_JOB_ID=bench", "IMS_ACTION=customize", "SSH_JAIL=" + jail, "SSHD_OPTIONS=", "IMAGE_ROOT_PARENT=" + job}
+}
+
+// options are the client's, for a shell.
+func (b *sshBench) options() string {
+	return "-F /dev/null -i " + filepath.Join(b.dir, "id") +
+		" -o IdentitiesOnly=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+}
+
+func (b *sshBench) comparisons(plain, jailed [2]*daemon) []comparison {
+	pair := func(name string, d [2]*daemon, atLeast float64, script string) comparison {
+		shell := func(d *daemon) side {
+			vars := fmt.Sprintf("cd %s; P=%d; O='%s'; run() { ssh $O -p $P root@127.0.0.1 \"$@\"; }; ftp() { sftp -q $O -P $P -b - root@127.0.0.1; }\n",
+				b.work, d.port, b.options())
+			return side{argv: []string{"bash", "-euc", vars + script}, server: d.cpu}
+		}
+		return comparison{name: name + ", vs OpenSSH", ours: shell(d[0]), theirs: shell(d[1]), goal: atLeast}
+	}
+	const (
+		connect  = `for i in $(seq 20); do run true; done`
+		parallel = `for i in $(seq 50); do run true & done; wait`
+		shared   = `S="-o ControlPath=$PWD/m$P"; ssh $O $S -p $P -M -N root@127.0.0.1 & M=$!
+while [ ! -S m$P ]; do sleep 0.01; done
+for i in $(seq 100); do run $S true; done
+ssh $O $S -O exit root@127.0.0.1; wait $M || true`
+	)
+	self, _ := filepath.Abs(os.Args[0])
+	// ssh takes longer to start than a server takes to run true: a client without that, too.
+	goClient := self + " -execs 127.0.0.1:$P -key " + filepath.Join(b.dir, "id")
+	return []comparison{
+		pair("20 connections with one exec each", plain, 5, connect),
+		pair("20 connections with one exec each, jailed", jailed, 4, connect),
+		pair("50 connections at once", plain, 4, parallel),
+		pair("100 execs on one connection", plain, 2, shared),
+		pair("100 execs on one connection, jailed", jailed, 2, shared),
+		pair("100 execs by Go's client", plain, 2, goClient),
+		pair("100 execs by Go's client, jailed", jailed, 2, goClient),
+		pair("sftp put 256 MiB", plain, 1.2, `rm -f put; echo "put payload $PWD/put" | ftp`),
+		pair("sftp get 256 MiB", plain, 1.2, `rm -f got; echo "get $PWD/payload got" | ftp`),
+		pair("ssh cat > of 256 MiB", plain, 1.2, `rm -f put; run "cat > $PWD/put" < payload`),
+		pair("ssh cat of 256 MiB", plain, 1.2, `run "cat $PWD/payload" > /dev/null`),
+		pair("sftp list of 50,000 entries", plain, 1, `echo "ls -l $PWD/list" | ftp > /dev/null`),
+	}
 }
