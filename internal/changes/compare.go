@@ -319,19 +319,19 @@ func (c *comparison) compareXattrs(n *node) (*XattrChange, error) {
 		old, ok := values[x.Name]
 		switch {
 		case !ok:
-			change.Added = append(change.Added, x.Name)
+			change.Added = append(change.Added, Name(x.Name))
 		case !bytes.Equal(old, x.Value):
-			change.Changed = append(change.Changed, x.Name)
+			change.Changed = append(change.Changed, Name(x.Name))
 		}
 		delete(values, x.Name)
 	}
 	for name := range values {
-		change.Removed = append(change.Removed, name)
+		change.Removed = append(change.Removed, Name(name))
 	}
 	if len(change.Added)+len(change.Removed)+len(change.Changed) == 0 {
 		return nil, nil
 	}
-	for _, list := range [][]string{change.Added, change.Removed, change.Changed} {
+	for _, list := range [][]Name{change.Added, change.Removed, change.Changed} {
 		slices.Sort(list)
 	}
 	return &change, nil

@@ -86,7 +86,7 @@ func parseDpkg(ctx context.Context, r io.Reader, list []pkg) ([]pkg, error) {
 			continue
 		}
 		field, value, _ := bytes.Cut(line, []byte(":"))
-		text := string(bytes.TrimSpace(value[:min(len(value), maxPackageText)]))
+		text := packageText(bytes.TrimSpace(value[:min(len(value), maxPackageText)]))
 		switch strings.ToLower(string(field[:min(len(field), 16)])) {
 		case "package":
 			p.name = text

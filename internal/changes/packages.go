@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"slices"
+	"strings"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 )
@@ -42,6 +43,10 @@ const (
 )
 
 var errTooManyPackages = fmt.Errorf("more than %d packages", maxPackages)
+
+// packageText is what a database says as a string that JSON can hold; the managers
+// allow nothing but ASCII.
+func packageText(b []byte) string { return strings.ToValidUTF8(string(b), "\ufffd") }
 
 // comparePackages reads both images' databases. What cannot be read becomes a
 // note, and takes that manager's packages out of the comparison: half a list

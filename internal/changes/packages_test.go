@@ -44,7 +44,7 @@ func TestDpkgVersions(t *testing.T) {
 	testkit.NeedTool(t, "dpkg", "sh")
 	list := slices.DeleteFunc(slices.Clone(versions), func(v string) bool { return v[0] == 'a' || strings.Contains(v, "^") })
 	script := `for a; do for b; do if dpkg --compare-versions "$a" lt "$b"; then echo -1; elif dpkg --compare-versions "$a" eq "$b"; then echo 0; else echo 1; fi; done; done`
-	list = list[:20]
+	list = list[:14]
 	out, err := exec.Command("sh", append([]string{"-c", script, "sh"}, list...)...).Output()
 	judged(t, list, compareDpkgVersions, out, err)
 }

@@ -116,9 +116,9 @@ type State struct {
 
 // XattrChange lists names of extended attributes.
 type XattrChange struct {
-	Added   []string `json:"added,omitempty"`
-	Removed []string `json:"removed,omitempty"`
-	Changed []string `json:"changed,omitempty"`
+	Added   []Name `json:"added,omitempty"`
+	Removed []Name `json:"removed,omitempty"`
+	Changed []Name `json:"changed,omitempty"`
 }
 
 // DirectoryChange sums the changes anywhere below a directory.

@@ -130,7 +130,7 @@ func parseRPMHeader(b []byte) (pkg, error) {
 		if end < 0 || end > maxPackageText {
 			return pkg{}, errRPMHeader
 		}
-		*into = string(text[:end])
+		*into = packageText(text[:end])
 	}
 	p.version = epoch + version
 	if release != "" {

@@ -130,9 +130,9 @@ func (s *State) text() string {
 
 func (x *XattrChange) text() string {
 	var parts []string
-	for i, list := range [][]string{x.Added, x.Removed, x.Changed} {
+	for i, list := range [][]Name{x.Added, x.Removed, x.Changed} {
 		for _, name := range list {
-			parts = append(parts, "+-~"[i:i+1]+Name(name).String())
+			parts = append(parts, "+-~"[i:i+1]+name.String())
 		}
 	}
 	return strings.Join(parts, " ")
