@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 )
@@ -67,8 +68,11 @@ func TestHostileText(t *testing.T) {
 	if err := r.WriteText(&b); err != nil {
 		t.Fatal(err)
 	}
+	if !utf8.Valid(b.Bytes()) {
+		t.Error("what is printed is not UTF-8")
+	}
 	for _, c := range b.String() {
-		if c != '\n' && !unicode.IsPrint(c) || c == unicode.ReplacementChar {
+		if c != '\n' && !unicode.IsPrint(c) {
 			t.Errorf("%q is printed", c)
 		}
 	}
