@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
@@ -324,8 +325,9 @@ func (g *gate) serve(ctx context.Context) error {
 		case <-wait.Done():
 		}
 	}()
+	var abandon sync.WaitGroup
 	if g.set.AbandonTimeout > 0 {
-		go g.abandon(wait, script)
+		abandon.Go(func() { g.abandon(wait, script) })
 	}
 	g.log.Info("waiting for the user", "success", g.flags.Path(signalfile.Complete), "failure", g.flags.Path(signalfile.Failed))
 	flag, err := g.flags.Wait(wait, g.log, signalfile.Failed, signalfile.Complete)
@@ -341,6 +343,8 @@ func (g *gate) serve(ctx context.Context) error {
 		g.closeListeners()
 		return errors.Join(fmt.Errorf("stopped before the job was marked complete or failed: %w", err), stopErr)
 	}
+	cancel(nil)
+	abandon.Wait() // a job that is complete is not abandoned meanwhile
 	return g.finish(ctx, flag)
 }
 
