@@ -23,8 +23,8 @@ func (img *Image) FragmentBlock(index uint32) (start int64, word uint32, err err
 	if err := checkDataWord(e.Size, img.sb.BlockSize); err != nil {
 		return 0, 0, fmt.Errorf("fragment %d: %w", index, err)
 	}
-	if end := img.sb.InodeTable; n == 0 || e.Start < superblockSize || e.Start > end || uint64(n) > end-e.Start {
-		return 0, 0, corruptf("fragment %d: %d bytes at %d lie outside the data area, which ends at %d", index, n, e.Start, end)
+	if end := img.sb.InodeTable; n == 0 || e.Start < uint64(img.dataAt) || e.Start > end || uint64(n) > end-e.Start {
+		return 0, 0, corruptf("fragment %d: %d bytes at %d lie outside the data area, from %d to %d", index, n, e.Start, img.dataAt, end)
 	}
 	return int64(e.Start), e.Size, nil
 }

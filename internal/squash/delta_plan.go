@@ -99,21 +99,13 @@ func (w *writer) plan(ctx context.Context) error {
 
 // loadOptions keeps the bytes between the base's superblock and its data.
 func (r *reuse) loadOptions() error {
-	if r.base.options == nil {
-		return nil
-	}
-	b, err := r.base.metaBlockAt(superblockSize, int64(r.base.sb.InodeTable))
-	if err != nil {
-		return err
-	}
-	r.options = make([]byte, b.next-b.pos)
-	return r.base.readAt(r.options, b.pos)
+	r.options = make([]byte, r.base.dataAt-superblockSize)
+	return r.base.readAt(r.options, superblockSize)
 }
 
 // dataArea is the part of the base that data blocks lie in.
 func (r *reuse) dataArea() span {
-	from := int64(superblockSize + len(r.options))
-	return span{from, int64(r.base.sb.InodeTable) - from}
+	return span{r.base.dataAt, int64(r.base.sb.InodeTable) - r.base.dataAt}
 }
 
 // changedFile is a file that does not say whose data in the base it has.

@@ -310,8 +310,13 @@ func TestHostileImages(t *testing.T) {
 		"file larger than 63 bits": func(f *forgery) {
 			f.root().put("a", f.add(inodeRecord{Type: typeExtFile, NLink: 1, Fragment: noFragment})).rec.Size = 1 << 63
 		},
-		"data outside the image":     fileFix(func(r *inodeRecord) { r.Start = 1 << 20 }),
-		"data in the superblock":     fileFix(func(r *inodeRecord) { r.Start = 0 }),
+		"data outside the image": fileFix(func(r *inodeRecord) { r.Start = 1 << 20 }),
+		"data in the superblock": fileFix(func(r *inodeRecord) { r.Start = 0 }),
+		"data in the options": func(f *forgery) {
+			f.data = stored(make([]byte, 8)) // of gzip
+			f.root().put("file", f.file("content")).fix = func(r *inodeRecord) { r.Start = superblockSize + 1 }
+			f.sb = func(s *superblock) { s.Flags |= flagCompressorOptions }
+		},
 		"data word too large":        fileFix(func(r *inodeRecord) { r.Blocks = []uint32{MinBlockSize + 1} }),
 		"data word with more bits":   fileFix(func(r *inodeRecord) { r.Blocks = []uint32{1<<25 | 7} }),
 		"stored block of wrong size": fileFix(func(r *inodeRecord) { r.Size = 6 }),

@@ -166,8 +166,8 @@ func (img *Image) checkFile(ino *Inode, r *inodeRecord) error {
 		n, _ := dataWordSize(w)
 		sum += uint64(n)
 	}
-	if end := img.sb.InodeTable; sum > 0 && (r.Start < superblockSize || r.Start > end || sum > end-r.Start) {
-		return corruptf("%d bytes of data at %d lie outside the data area, which ends at %d", sum, r.Start, end)
+	if end := img.sb.InodeTable; sum > 0 && (r.Start < uint64(img.dataAt) || r.Start > end || sum > end-r.Start) {
+		return corruptf("%d bytes of data at %d lie outside the data area, from %d to %d", sum, r.Start, img.dataAt, end)
 	}
 	if r.Fragment == noFragment {
 		return nil

@@ -18,6 +18,7 @@ type Image struct {
 	r       io.ReaderAt
 	sb      superblock
 	options *compressorOptions // nil when the writer left none
+	dataAt  int64              // where data may begin: behind the superblock and the options
 
 	inodes    metaTable
 	dirs      metaTable
@@ -41,7 +42,7 @@ type Image struct {
 // Open reads and checks the superblock and the tables' indexes of an image of
 // size bytes. Anything behind the image proper, such as padding, is ignored.
 func Open(r io.ReaderAt, size int64) (*Image, error) {
-	img := &Image{r: r}
+	img := &Image{r: r, dataAt: superblockSize}
 	buf := make([]byte, min(max(size, 0), superblockSize))
 	if err := img.readAt(buf, 0); err != nil {
 		return nil, fmt.Errorf("read squashfs superblock: %w", err)
@@ -79,6 +80,7 @@ func (img *Image) loadOptions() error {
 	if err != nil {
 		return fmt.Errorf("compressor options: %w", err)
 	}
+	img.dataAt = b.next
 	img.options, err = decodeCompressorOptions(b.data, img.sb.Compressor)
 	return err
 }
