@@ -43,6 +43,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(cmd.ProcessState.ExitCode())
 	}
+	testkit.HideProfile()
 	if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "ip link set lo up: %v: %s\n", err, out)
 		os.Exit(1)

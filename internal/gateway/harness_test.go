@@ -32,6 +32,7 @@ func TestMain(m *testing.M) {
 		dialStatus(os.Args[2])
 		return
 	}
+	testkit.HideProfile()
 	os.Exit(m.Run())
 }
 

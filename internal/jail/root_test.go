@@ -38,6 +38,7 @@ const podCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FSETI
 
 func TestMain(m *testing.M) {
 	ChildMain()
+	testkit.HideProfile()
 	if kind := os.Getenv(podEnv); kind == "cut" || kind == "filter" {
 		if group := os.Getenv(cgroupEnv); group != "" {
 			if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte("0"), 0); err != nil {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
+	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/s3test"
 )
 
@@ -21,6 +22,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == ChildArg {
 		os.Exit(jobChild(os.Args[2]))
 	}
+	testkit.HideProfile()
 	os.Exit(m.Run())
 }
 
