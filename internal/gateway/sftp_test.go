@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unicode"
 
 	"golang.org/x/time/rate"
 
@@ -183,4 +184,22 @@ func TestFileLogHeldOpen(t *testing.T) {
 		t.Error(err)
 	}
 	j.awaitLog("session ended")
+}
+
+// FuzzFileLog logs what anybody may write to the pipe: each line becomes whole lines of the log, quoted.
+func FuzzFileLog(f *testing.F) {
+	f.Add([]byte(`{"op":"open","path":"a\u001b[31m\nlevel=ERROR","flags":"READ","mode":"0644"}` + "\n"))
+	f.Add([]byte(`{"op":"close","read":-9,"lost":3,"err":"x","full":true}` + "\nlast words"))
+	control := func(r rune) bool { return unicode.IsControl(r) && r != 0x7f } // slog leaves DEL, which moves no cursor
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		text := &logBuffer{}
+		ss := &session{c: testConn(quietServer()), ch: &recorder{added: make(chan struct{}, 1<<10)}, log: slog.New(slog.NewTextHandler(text, nil))}
+		l := &sftpLog{ss: ss, limit: rate.NewLimiter(1, 50)}
+		l.copy(bytes.NewReader(sent))
+		for line := range strings.Lines(text.String()) {
+			if !strings.HasPrefix(line, "time=") || !strings.HasSuffix(line, "\n") || strings.ContainsFunc(strings.TrimSuffix(line, "\n"), control) {
+				t.Fatalf("%q", line)
+			}
+		}
+	})
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/jail"
 )
@@ -239,4 +241,36 @@ func TestStatusOutOfReach(t *testing.T) {
 			}
 		})
 	}
+}
+
+// heard is a connection whose other side has said everything already.
+type heard struct {
+	net.Conn
+	io.Reader
+	bytes.Buffer // what is said to it
+}
+
+func (h *heard) Read(b []byte) (int, error)  { return h.Reader.Read(b) }
+func (h *heard) Write(b []byte) (int, error) { return h.Buffer.Write(b) }
+func (h *heard) SetDeadline(time.Time) error { return nil }
+
+// FuzzStatus asks with any bytes, and takes any bytes for an answer.
+func FuzzStatus(f *testing.F) {
+	f.Add([]byte(`{}`))
+	f.Add([]byte(`{"close":"1.1"}`))
+	f.Add([]byte(`{"status":{"closing":"x","connections":[{"comment":"\u001b[2J\n","authenticated":true,"sessions":[{"command":"a\tb"}]}]}}`))
+	s := quietServer()
+	s.jail = &jail.Jail{}
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		c := &heard{Reader: bytes.NewReader(sent)}
+		s.answerStatus(c, "job")
+		var reply statusReply
+		if answer := c.Bytes(); len(answer) > 0 && (json.Unmarshal(answer, &reply) != nil || (reply.Error == "") == (reply.Status == nil)) {
+			t.Errorf("%q was answered with %q", sent, answer)
+		}
+		st, err := exchange(&heard{Reader: bytes.NewReader(sent)}, statusRequest{})
+		if err == nil && st != nil {
+			st.print(io.Discard)
+		}
+	})
 }

@@ -54,3 +54,24 @@ func TestOpenRefuses(t *testing.T) {
 		}
 	}
 }
+
+// FuzzRead reads what anybody may have put in the record's place: what is taken can be written and read again.
+func FuzzRead(f *testing.F) {
+	f.Add([]byte(`{"urlPath":"/boot-images/x/rootfs","size":5,"md5":"00ff"}`))
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if err := os.WriteFile(filepath.Join(dir, file), text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r, err := Read(dir)
+		if err != nil {
+			return
+		}
+		if err := Write(dir, r); err != nil {
+			t.Fatal(err)
+		}
+		if again, err := Read(dir); err != nil || again != r {
+			t.Errorf("%+v became %+v, %v", r, again, err)
+		}
+	})
+}

@@ -4,6 +4,8 @@ package squash
 
 import (
 	"bytes"
+	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -203,4 +205,18 @@ func TestLayersRefused(t *testing.T) {
 	if _, err := LayersSource(base, filepath.Join(t.TempDir(), "missing"), LayersOptions{}); err == nil {
 		t.Error("an upper layer that is not there")
 	}
+}
+
+// FuzzOriginNumber reads any name as one of the overlay's index, where whoever has
+// the volume can put files.
+func FuzzOriginNumber(f *testing.F) {
+	f.Add("00fb1d0001" + strings.Repeat("00", 16) + "0100000000000000")
+	f.Fuzz(func(t *testing.T, name string) {
+		if number, ok := originNumber(name); ok {
+			b, err := hex.DecodeString(name)
+			if err != nil || binary.NativeEndian.Uint32(b[21:]) != number {
+				t.Errorf("%q: %d", name, number)
+			}
+		}
+	})
 }

@@ -213,6 +213,34 @@ func TestMatchBlocks(t *testing.T) {
 	}
 }
 
+// FuzzCertify merges any certificate's options with any line's: nothing is permitted that either does not permit.
+func FuzzCertify(f *testing.F) {
+	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAINCeZDQLaBMW8N886VRM7iZtzSAxrzbELJgtGZfvdWsS lab"
+	f.Add("cert-authority,command=\"a\" "+key, "root", "source-address", "192.0.2.0/24", "permit-pty")
+	f.Add("cert-authority,restrict,principals=\"x,root\" "+key, "x", "force-command", "b", "permit-port-forwarding")
+	f.Fuzz(func(t *testing.T, line, principal, critical, value, extension string) {
+		keys, _ := Parse("ak", []byte(line), 1024)
+		for _, k := range keys {
+			c := Certified{Addr: netip.MustParseAddr("192.0.2.1"), Now: time.Unix(1e9, 0), Certificate: &ssh.Certificate{
+				Key: k.Public, SignatureKey: k.Public, Signature: &ssh.Signature{Format: ssh.KeyAlgoED25519}, CertType: ssh.UserCert, ValidPrincipals: []string{principal}, ValidBefore: ssh.CertTimeInfinity,
+				Permissions: ssh.Permissions{CriticalOptions: map[string]string{critical: value}, Extensions: map[string]string{extension: ""}},
+			}}
+			m, err := k.certify(c, []string{"root"})
+			if err == nil {
+				t.Fatalf("admitted without a signature: %+v", m)
+			}
+			if m, err = k.merge(c); err != nil {
+				continue
+			}
+			if m.PTY && (!k.PTY || extension != "permit-pty") || m.PortForwarding && (!k.PortForwarding || extension != "permit-port-forwarding") ||
+				k.Forced && (!m.Forced || m.Command != k.Command) || critical == "force-command" && (!m.Forced || m.Command != value) {
+				t.Errorf("%+v became %+v", k, m)
+			}
+			matchBlocks(c.Addr, value)
+		}
+	})
+}
+
 func FuzzParse(f *testing.F) {
 	const key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAINCeZDQLaBMW8N886VRM7iZtzSAxrzbELJgtGZfvdWsS lab"
 	f.Add([]byte(key))
