@@ -37,6 +37,9 @@ const (
 type tuning struct {
 	stall time.Duration
 	pause time.Duration // before the first retry
+
+	rangesFrom int64 // objects of this size are fetched in ranges; 0: the default
+	rangeSize  int64
 }
 
 // download writes one object to a file, over as many requests as it takes.
@@ -53,6 +56,7 @@ type download struct {
 	offset int64  // bytes received, hashed and written
 	hash   hash.Hash
 	bar    *progress.P
+	single bool // ranges were tried and brought nothing
 }
 
 func newDownload(src *source, file *os.File, budget time.Duration, log *slog.Logger, tune tuning) *download {
@@ -61,6 +65,9 @@ func newDownload(src *source, file *os.File, budget time.Duration, log *slog.Log
 	}
 	if tune.pause == 0 {
 		tune.pause = backoff.DefaultInitialInterval
+	}
+	if tune.rangesFrom == 0 {
+		tune.rangesFrom, tune.rangeSize = rangesFrom, rangeSize
 	}
 	return &download{src: src, file: file, budget: budget, log: log, tune: tune, size: -1, hash: md5.New(), bar: progress.NewLog(log, "fetch image", 0)}
 }
@@ -155,6 +162,9 @@ func (d *download) receive(ctx context.Context, alive func()) error {
 	if err := d.accept(resp); err != nil {
 		return err
 	}
+	if d.fitForRanges(resp) {
+		return d.receiveRanges(ctx, resp, alive)
+	}
 	buf := make([]byte, copyBuffer)
 	for {
 		n, err := resp.Body.Read(buf)
@@ -186,11 +196,16 @@ func (d *download) take(b []byte) error {
 	n, err := d.file.Write(b)
 	d.hash.Write(b[:n])
 	d.offset += int64(n)
-	if errors.Is(err, unix.ENOSPC) {
-		return fmt.Errorf("%w after %d bytes: raise build_env_size of the job", err, d.offset)
-	}
 	if err == nil {
 		d.bar.Update(d.offset, d.size)
+	}
+	return explain(err, d.offset)
+}
+
+// explain says what to do about a volume that is full.
+func explain(err error, received int64) error {
+	if errors.Is(err, unix.ENOSPC) {
+		return fmt.Errorf("%w after %d bytes: raise build_env_size of the job", err, received)
 	}
 	return err
 }

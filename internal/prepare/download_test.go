@@ -224,21 +224,50 @@ func TestDownloadSurvives(t *testing.T) {
 		"the object is replaced":          {[]act{cut(1<<20, serveOther(other, `"old"`)), whole}, nil},
 		"replaced, 416":                   {[]act{cut(1<<20, whole), answer(416, ""), whole}, nil},
 		"replaced, same ETag, other size": {[]act{cut(1<<20, serveOther(other, `"one"`)), whole, whole}, nil},
+		"a range that breaks":             {[]act{whole, cut(1000, whole), whole}, nil},
+		"a range that stalls":             {[]act{whole, stallRange, whole}, nil},
+		"no second connection":            {[]act{whole, answer(503, ""), answer(503, ""), answer(503, ""), answer(503, ""), whole}, nil},
+		"everything instead of range":     {[]act{whole, serveAll, whole}, nil},
+		"replaced meanwhile":              {[]act{whole, serveOther(other, `"old"`), whole}, nil},
+		"a range of another object":       {[]act{whole, serveOther(other, `"one"`), whole}, nil},
+		"no ranges":                       {[]act{serveAll}, nil},
 	} {
-		t.Run(name, func(t *testing.T) {
-			s := newS3(t, object, c.acts...)
-			got := fetch(t, t.Context(), s.link(), "", patient, plenty, tuningFor(name))
-			if got.err != nil {
-				t.Fatal(got.err)
-			}
-			if !bytes.Equal(got.data, object) || got.sum != sum(object) {
-				t.Errorf("received %d bytes with sum %s, want %d with %s", len(got.data), got.sum, len(object), sum(object))
-			}
-			if c.check != nil {
-				c.check(t, s)
-			}
-		})
+		for _, ranges := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, ranges %v", name, ranges), func(t *testing.T) {
+				s := newS3(t, object, c.acts...)
+				tune := tuningFor(name)
+				if ranges {
+					tune.rangesFrom, tune.rangeSize = 1<<20, 200_000
+				}
+				got := fetch(t, t.Context(), s.link(), "", patient, plenty, tune)
+				if got.err != nil {
+					t.Fatal(got.err)
+				}
+				if !bytes.Equal(got.data, object) || got.sum != sum(object) {
+					t.Errorf("received %d bytes with sum %s, want %d with %s", len(got.data), got.sum, len(object), sum(object))
+				}
+				if c.check != nil && !ranges {
+					c.check(t, s)
+				}
+				if name == "nothing" && ranges != (len(s.requests()) == 16) {
+					t.Errorf("%d requests", len(s.requests()))
+				}
+			})
+		}
 	}
+}
+
+// stallRange sends a part of a range and then nothing.
+func stallRange(w http.ResponseWriter, r *http.Request, object []byte) {
+	cut := &cutter{w, 1000}
+	serve(`"one"`)(cut, r, object)
+	<-r.Context().Done()
+}
+
+// serveAll knows no ranges.
+func serveAll(w http.ResponseWriter, _ *http.Request, object []byte) {
+	w.Header().Set("ETag", `"one"`)
+	_, _ = w.Write(object)
 }
 
 // neverResumed: bytes of an object that cannot be told from another one must

@@ -87,12 +87,20 @@ func (s *source) redact(err error) error {
 	return err
 }
 
-// get asks for the object from offset on. With an ETag it must still be the
-// object that the first bytes came from.
+// get asks for the object from offset on.
 func (s *source) get(ctx context.Context, offset int64, etag string) (*http.Response, error) {
+	if offset == 0 {
+		return s.request(ctx, "", "")
+	}
+	return s.request(ctx, fmt.Sprintf("bytes=%d-", offset), etag)
+}
+
+// request asks for a range of the object, or for all of it. With a range it
+// must still be the object that the first bytes came from.
+func (s *source) request(ctx context.Context, span, etag string) (*http.Response, error) {
 	req := (&http.Request{Method: http.MethodGet, URL: s.url, Header: http.Header{}}).WithContext(ctx)
-	if offset > 0 {
-		req.Header.Set("Range", "bytes="+strconv.FormatInt(offset, 10)+"-")
+	if span != "" {
+		req.Header.Set("Range", span)
 		req.Header.Set("If-Match", etag)
 	}
 	resp, err := s.client.Do(req)
@@ -120,6 +128,14 @@ func (d *download) accept(resp *http.Response) error {
 		return d.acceptWhole(resp)
 	case code == http.StatusPartialContent:
 		return d.acceptPart(resp)
+	default:
+		return refusal(resp)
+	}
+}
+
+// refusal is the error in an answer without data.
+func refusal(resp *http.Response) error {
+	switch code := resp.StatusCode; {
 	case code == http.StatusPreconditionFailed || code == http.StatusRequestedRangeNotSatisfiable:
 		return fmt.Errorf("%s: %w", resp.Status, errRestart)
 	case code == http.StatusForbidden || code == http.StatusUnauthorized:
@@ -159,6 +175,21 @@ func (d *download) acceptPart(resp *http.Response) error {
 		return fmt.Errorf("%s with other data than asked for: %w", resp.Status, errRestart)
 	}
 	d.size = size
+	return nil
+}
+
+// acceptRange looks at the answer to a request for one of several ranges.
+func (d *download) acceptRange(resp *http.Response, from, n int64) error {
+	if resp.StatusCode != http.StatusPartialContent {
+		if resp.StatusCode == http.StatusOK {
+			return errors.New("the server sent everything instead of a range")
+		}
+		return refusal(resp)
+	}
+	got, want := resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-%d/%d", from, from+n-1, d.size)
+	if etag := strongETag(resp); got != want || etag != "" && etag != d.etag {
+		return fmt.Errorf("%s with other data than asked for: %w", resp.Status, errRestart)
+	}
 	return nil
 }
 
