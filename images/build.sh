@@ -39,6 +39,8 @@ context() { # context NAME BINARY TARGET LINK...
 context sshd sshd /usr/sbin/sshd /entrypoint.sh
 context sidecar sidecar /usr/bin/sidecar \
     /scripts/prep-env.sh /scripts/buildenv-sidecar.sh /scripts/package_and_upload.sh
+# To run the programs of aarch64 images.
+[ "$(uname -m)" != x86_64 ] || install -D -m 0755 /usr/bin/qemu-aarch64-static build/images/sshd/rootfs/usr/bin/qemu-aarch64-static
 for name in sshd sidecar; do
     podman build -q --isolation chroot -t "localhost/ims-buildenv/$name:$tag" \
         -f "images/$name/Containerfile" "build/images/$name"

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
+	"github.com/ims-buildenv/ims-buildenv/internal/emulate"
 	"github.com/ims-buildenv/ims-buildenv/internal/gateway/sshdconf"
 	"github.com/ims-buildenv/ims-buildenv/internal/jail"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
@@ -161,6 +162,7 @@ type gate struct {
 	listeners []net.Listener
 	recorder  *recordings
 	observers []io.Closer // status and metrics
+	emulator  *os.File    // keeps aarch64 programs running
 }
 
 // start brings everything up to a listening port, and takes it down again on error.
@@ -196,6 +198,13 @@ func (g *gate) start(ctx context.Context) (err error) {
 			g.closeListeners()
 		}
 	}()
+	if g.cfg.SSHD.Arch == config.ArchARM {
+		if g.emulator, err = emulate.ARM64(emulate.Interpreter, g.log); err != nil && g.flags.Jailed {
+			return err
+		} else if err != nil {
+			g.log.Warn("programs of the image cannot be run", "err", err)
+		}
+	}
 	jc := jail.Config{Root: g.flags.Root, Level: jail.Plain, DKMS: g.cfg.SSHD.DKMS, Env: jobEnv(g.cfg.SSHD.Common), Log: g.log}
 	if g.flags.Jailed {
 		jc.Level = jail.Auto
