@@ -17,6 +17,8 @@ const (
 	outBuffer   = 64 << 10
 	inBuffer    = 32 << 10
 	inBufferMax = 256 << 10
+	pipeMax     = 1 << 20 // of a bulk transfer
+	bulk        = 4 << 20 // a transfer is one when it has moved so much
 )
 
 // outBuffers are shared, so that a silent session holds none.
@@ -63,6 +65,7 @@ func (p *pump) run() {
 	if err != nil {
 		return
 	}
+	total, wide := 0, false
 	for {
 		var buf *[]byte
 		var n int
@@ -79,6 +82,10 @@ func (p *pump) run() {
 			p.note(&p.idle)
 			return false
 		})
+		if total += max(n, 0); total > bulk && !wide {
+			wide = true
+			widen(p.r)
+		}
 		if err == nil && n > 0 {
 			_, err = p.w.Write((*buf)[:n])
 		}
@@ -128,7 +135,7 @@ func ignoreEINTR(f func() (int, error)) (int, error) {
 // more, stopped is called once and the rest is thrown away, so that the window keeps moving.
 func feed(w io.Writer, r io.Reader, stopped func()) (total int64) {
 	buf := make([]byte, inBuffer)
-	for {
+	for wide := false; ; {
 		n, err := r.Read(buf)
 		total += int64(n)
 		if n > 0 && w != nil {
@@ -143,6 +150,23 @@ func feed(w io.Writer, r io.Reader, stopped func()) (total int64) {
 		if n == len(buf) && n < inBufferMax {
 			buf = make([]byte, inBufferMax) // a bulk transfer: fewer, larger writes
 		}
+		if total > bulk && !wide {
+			wide = true
+			widen(w)
+		}
+	}
+}
+
+// widen lets a pipe hold more, so that the two ends of a bulk transfer wait less for each other. Where the kernel refuses,
+// as it does beyond the user's share (pipe(7)), nothing changes, nor with a terminal. That share is why small transfers,
+// of which there may be many at a time, go without.
+func widen(end any) {
+	f, ok := end.(*os.File)
+	if !ok {
+		return
+	}
+	if raw, err := f.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, pipeMax) })
 	}
 }
 
