@@ -15,6 +15,7 @@ import (
 // out a login that is under way.
 func TestStartupsVictim(t *testing.T) {
 	s := &server{set: &sshdconf.Settings{MaxStartups: 3}, conns: map[*conn]struct{}{}, log: slog.New(slog.DiscardHandler)}
+	s.seen = newMetrics(s)
 	open := func() (*conn, net.Conn) {
 		ours, theirs := net.Pipe()
 		c := newConn(s, ours)
