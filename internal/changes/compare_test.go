@@ -23,7 +23,7 @@ import (
 	treekit "github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
 )
 
-var edits = flag.Int("edits", 60, "random edit scripts of TestCompareEdits")
+var edits = flag.Int("edits", 20, "random edit scripts of TestCompareEdits")
 
 // packed packs a directory and opens the image.
 func packed(t testing.TB, dir string, opt squash.Options) *squash.Image {
@@ -300,7 +300,7 @@ func TestCompareEdits(t *testing.T) {
 		}
 	}
 	for _, k := range []Kind{Added, Removed, Modified, Renamed} {
-		if kinds[k] == 0 && *edits >= 60 {
+		if kinds[k] == 0 && *edits >= 20 {
 			t.Errorf("no edit made a change of kind %s", k)
 		}
 	}

@@ -258,7 +258,7 @@ func TestRPM(t *testing.T) {
 				t.Fatal(err)
 			}
 			rnd := rand.New(rand.NewPCG(1, 2))
-			for range 60 {
+			for range 30 {
 				c := bytes.Clone(b)
 				for range 1 + rnd.IntN(40) {
 					// Headers of pages are near their beginning, and pages are many.

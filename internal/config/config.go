@@ -4,7 +4,8 @@
 // typed structs. It is the only place in the product that calls os.Getenv.
 //
 // Names, defaults and aliases are those the IMS job template and the legacy
-// containers use; nothing is renamed. SSHD_PORT is our single extension.
+// containers use; nothing is renamed. SSHD_PORT and IMS_BUILDENV_CHANGES are our
+// extensions.
 //
 // It refuses to guess: a value that cannot be understood is an error that
 // names the variable and the next step, and all of them are reported at once,
@@ -48,6 +49,13 @@ const (
 	ActionCreate    = "create"
 	ArchX86         = "x86_64"
 	ArchARM         = "aarch64"
+)
+
+// Values of Sidecar.Changes, what becomes of the report on what a job changed.
+const (
+	ChangesWrite  = "write"  // beside the job's log
+	ChangesUpload = "upload" // beside the image in the store, too
+	ChangesOff    = "off"
 )
 
 // Names of directories and files in an image.
@@ -116,6 +124,7 @@ type Sidecar struct {
 	Timeout        time.Duration
 	DownloadMD5    string // 32 lower-case hex digits, or empty
 	SSHPort        int
+	Changes        string // ChangesWrite, ChangesUpload or ChangesOff
 	CADir          string
 	AuthorizedKeys string
 	ResolvConf     string
@@ -225,6 +234,7 @@ func load(getenv func(string) string, needs need, args []string) (Sidecar, error
 		Timeout:        r.seconds("IMS_PYTHON_HELPER_TIMEOUT", DefaultTimeout),
 		DownloadMD5:    r.md5("DOWNLOAD_MD5SUM"),
 		SSHPort:        r.port("SSHD_PORT", DefaultSSHPort),
+		Changes:        r.oneOf("IMS_BUILDENV_CHANGES", ChangesWrite, ChangesWrite, ChangesUpload, ChangesOff),
 		CADir:          CADir,
 		AuthorizedKeys: AuthorizedKeys,
 		ResolvConf:     ResolvConf,

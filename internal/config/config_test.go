@@ -62,6 +62,7 @@ func TestDefaults(t *testing.T) {
 		"jailed":     {cfg.Jailed, false},
 		"timeout":    {cfg.Timeout, 720 * time.Second},
 		"ssh port":   {cfg.SSHPort, 22},
+		"changes":    {cfg.Changes, "write"},
 		"level":      {cfg.LogLevel, slog.LevelInfo},
 		"ims dir":    {cfg.IMSDir, "/etc/cray/ims"},
 		"keys":       {cfg.AuthorizedKeys, "/etc/cray/authorized_keys"},

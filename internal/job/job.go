@@ -79,6 +79,7 @@ type run struct {
 	state  state
 	key    []byte // authenticates the state file
 	result []byte // printed before the last status
+	report []reportFile
 }
 
 // Run performs the whole job and returns the process's exit code. Cancelling

@@ -39,6 +39,7 @@ func (r *run) packaging(ctx context.Context) error {
 	}
 	r.state.Phase = phaseRegistered
 	r.saveState()
+	r.uploadChanges(ctx)
 	return nil
 }
 
@@ -86,11 +87,17 @@ func (r *run) packWhilePublishing(ctx context.Context, root *imageroot.Root, boo
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		pending.Close(r.guard(func() error { return r.pack(packing, root, base, file, pending.Whole) }))
+		err := r.guard(func() error { return r.pack(packing, root, base, file, pending.Whole) })
+		if pending.Close(err); err == nil {
+			r.reportChanges(packing, base, file)
+		}
 	}()
 	p, err := r.publish(ctx, r.cfg.ArchiveName, artifacts(file, pending, boot, base))
-	stop(err)
+	if err != nil {
+		stop(err)
+	}
 	<-done
+	stop(nil)
 	return p, err
 }
 
