@@ -340,8 +340,8 @@ func TestTold(t *testing.T) {
 		"while packing": func(p *pod, _ *gate, sidecar *process) {
 			p.touch("complete")
 			eventually(p.t, "a packed image in the making", func() bool {
-				found, err := filepath.Glob(p.path("/mnt/image/.squash-*.tmp"))
-				return err == nil && len(found) > 0
+				info, err := os.Lstat(p.path("/mnt/image/image-new.sqsh"))
+				return err == nil && info.Size() > 0
 			})
 		},
 		"while uploading": func(p *pod, g *gate, _ *process) {
