@@ -4,8 +4,8 @@
 // typed structs. It is the only place in the product that calls os.Getenv.
 //
 // Names, defaults and aliases are those the IMS job template and the legacy
-// containers use; nothing is renamed. SSHD_PORT and IMS_BUILDENV_CHANGES are our
-// extensions.
+// containers use; nothing is renamed. SSHD_PORT, IMS_BUILDENV_LAYOUT and
+// IMS_BUILDENV_CHANGES are our extensions.
 //
 // It refuses to guess: a value that cannot be understood is an error that
 // names the variable and the next step, and all of them are reported at once,
@@ -43,12 +43,16 @@ const (
 	DefaultSSHPort  = 22
 )
 
-// Values of Common.Action and Common.Arch.
+// Values of Common.Action, Common.Arch and Sidecar.Layout.
 const (
 	ActionCustomize = "customize"
 	ActionCreate    = "create"
 	ArchX86         = "x86_64"
 	ArchARM         = "aarch64"
+
+	LayoutAuto     = "auto" // layered when the container sshd will be able to mount it
+	LayoutLayered  = "layered"
+	LayoutUnpacked = "unpacked"
 )
 
 // Values of Sidecar.Changes, what becomes of the report on what a job changed.
@@ -125,6 +129,7 @@ type Sidecar struct {
 	DownloadMD5    string // 32 lower-case hex digits, or empty
 	SSHPort        int
 	Changes        string // ChangesWrite, ChangesUpload or ChangesOff
+	Layout         string // of the root: LayoutAuto, or the one that is wanted
 	CADir          string
 	AuthorizedKeys string
 	ResolvConf     string
@@ -235,6 +240,7 @@ func load(getenv func(string) string, needs need, args []string) (Sidecar, error
 		DownloadMD5:    r.md5("DOWNLOAD_MD5SUM"),
 		SSHPort:        r.port("SSHD_PORT", DefaultSSHPort),
 		Changes:        r.oneOf("IMS_BUILDENV_CHANGES", ChangesWrite, ChangesWrite, ChangesUpload, ChangesOff),
+		Layout:         r.oneOf("IMS_BUILDENV_LAYOUT", LayoutAuto, LayoutAuto, LayoutLayered, LayoutUnpacked),
 		CADir:          CADir,
 		AuthorizedKeys: AuthorizedKeys,
 		ResolvConf:     ResolvConf,

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -21,6 +22,7 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/emulate"
 	"github.com/ims-buildenv/ims-buildenv/internal/gateway/sshdconf"
 	"github.com/ims-buildenv/ims-buildenv/internal/jail"
+	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
 )
 
@@ -59,6 +61,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	} else if err != nil {
 		return err
 	}
+	promiseMount(cfg)
 	log.Info("waiting for the ready flag", "file", flags.Path(signalfile.Ready))
 	if _, err := flags.Wait(ctx, log, signalfile.Ready); err != nil {
 		return fmt.Errorf("wait for %s: %w", flags.Path(signalfile.Ready), err)
@@ -81,13 +84,47 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err := applyChroot(set, &flags); err != nil {
 		return err
 	}
-	g := &gate{cfg: cfg, set: set, flags: flags, log: log}
+	g := &gate{cfg: cfg, set: set, flags: flags, root: flags.Root, log: log}
+	if g.layered, err = isLayered(cfg); err != nil {
+		return err
+	}
+	if g.layered {
+		// There the flags of the jailed mode lie for those who do not see the mount.
+		g.flags.Root = filepath.Join(flags.Parent, layout.Upper)
+	}
 	if err := g.start(ctx); err != nil {
 		return err
 	}
 	started = true
 	defer g.recorder.close()
 	return g.serve(ctx)
+}
+
+// promiseMount tells the sidecar, which waits for it, whether a layered root can be mounted here. The
+// root itself is not mounted before the ready flag: until then the sidecar edits what is below.
+func promiseMount(cfg Config) {
+	if layered, err := isLayered(cfg); err != nil || !layered {
+		return // an error comes again when the root is to be used
+	}
+	cannot := layout.Probe(cfg.SSHD.Parent, cfg.SSHD.ImageRoot())
+	if cannot != nil {
+		cfg.Log.Warn("this container cannot mount the layered image root: the sidecar is to unpack it", "why", cannot)
+	}
+	if err := layout.Promise(cfg.SSHD.Parent, cannot); err != nil {
+		cfg.Log.Warn("the sidecar is not told whether the image root can be mounted, and will unpack it", "err", err)
+	}
+}
+
+// isLayered reports whether the image root has to be mounted.
+func isLayered(cfg Config) (bool, error) {
+	if cfg.SSHD.Action != config.ActionCustomize {
+		return false, nil
+	}
+	record, err := layout.Read(cfg.SSHD.Parent)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return record.Layout == layout.Layered, err
 }
 
 // LoadSettings reads sshd_config and reports what has no effect.
@@ -156,6 +193,8 @@ type gate struct {
 	cfg       Config
 	set       *sshdconf.Settings
 	flags     signalfile.Set
+	root      string // the image root as the sessions see it
+	layered   bool   // it has to be mounted
 	log       *slog.Logger
 	jail      *jail.Jail
 	srv       *server
@@ -177,7 +216,7 @@ func (g *gate) start(ctx context.Context) (err error) {
 		return err
 	}
 	if g.set.RecordDirectory != "" {
-		if g.recorder, err = newRecordings(g.set.RecordDirectory, g.flags.Root, g.cfg.SSHD.JobID); err != nil {
+		if g.recorder, err = newRecordings(g.set.RecordDirectory, g.root, g.cfg.SSHD.JobID); err != nil {
 			return err
 		}
 	}
@@ -205,9 +244,16 @@ func (g *gate) start(ctx context.Context) (err error) {
 			g.log.Warn("programs of the image cannot be run", "err", err)
 		}
 	}
-	jc := jail.Config{Root: g.flags.Root, Level: jail.Plain, DKMS: g.cfg.SSHD.DKMS, Env: jobEnv(g.cfg.SSHD.Common), Log: g.log}
+	jc := jail.Config{Root: g.root, Level: jail.Plain, DKMS: g.cfg.SSHD.DKMS, Env: jobEnv(g.cfg.SSHD.Common), Log: g.log}
 	if g.flags.Jailed {
 		jc.Level = jail.Auto
+	}
+	if g.layered {
+		if jc.Mount, err = layout.Mount(g.flags.Parent, g.root); err != nil {
+			return fmt.Errorf("mount the layered image root: %w", err)
+		}
+		defer jc.Mount.Close()
+		g.log.Info("image root mounted", "layout", layout.Layered)
 	}
 	if g.jail, err = jail.Start(ctx, jc); err != nil {
 		return fmt.Errorf("start jail: %w", err)
@@ -247,7 +293,7 @@ func (g *gate) ownRoot() error {
 	if err := os.Chmod(g.flags.Parent, 0o755); err != nil {
 		return fmt.Errorf("prepare the jail: %w: %s", err, next)
 	}
-	for _, dir := range []string{g.flags.Parent, g.flags.Root} {
+	for _, dir := range []string{g.flags.Parent, g.root, g.flags.Root} {
 		if err := os.Lchown(dir, 0, 0); err != nil {
 			return fmt.Errorf("prepare the jail: %w: %s", err, next)
 		}

@@ -253,13 +253,20 @@ func closeInherited(last int) error {
 // setup builds the confinement the first packet asks for.
 func (s *supervisor) setup(p packet) (notes []string, err error) {
 	var m setupMsg
-	if p.op != opSetup || len(p.files) != 0 && len(p.files) != lentFiles {
+	if p.op != opSetup || len(p.files) > 1 && len(p.files) != lentFiles {
 		p.closeFiles()
 		return nil, fmt.Errorf("%w: %d instead of setup", errMalformed, p.op)
 	}
 	if err := m.decode(p.body); err != nil {
 		p.closeFiles()
 		return nil, err
+	}
+	if m.attach {
+		err := attach(&m, p.files)
+		p.closeFiles()
+		if err != nil {
+			return nil, err
+		}
 	}
 	s.level, s.env, s.dev, s.ino = m.level, m.env, m.dev, m.ino
 	switch s.level {

@@ -52,7 +52,11 @@ const (
 
 // Config describes the jail of one job.
 type Config struct {
-	Root  string   // the image root, an existing directory; an absolute path
+	Root string // the image root, an existing directory; an absolute path
+	// Mount, if not nil, is a mount attached nowhere (fsmount(2)) whose top is the image root. The sessions see it at
+	// Root, in a mount namespace of their own, and nobody else does. The caller closes it after Start; the mount ends
+	// with Stop.
+	Mount *os.File
 	Level Level    // Auto, or the one level that is wanted
 	DKMS  bool     // the job asked for /proc, /sys and /dev
 	Env   []string // KEY=value, part of every shell's environment

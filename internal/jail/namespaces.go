@@ -93,6 +93,24 @@ func enterRoot(m *setupMsg, lent bool) (notes []string, err error) {
 	return notes, nil
 }
 
+// attach mounts what the gateway made at the image root, for this mount namespace, which must be a private copy, alone.
+func attach(m *setupMsg, files []*os.File) error {
+	if len(files) != 1 {
+		return fmt.Errorf("%w: no mount", errMalformed)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	fd, err := rawFD(files[0])
+	if err != nil {
+		return err
+	}
+	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, m.root, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mount the image root: %w", err)
+	}
+	return nil
+}
+
 // bindRoot bind-mounts the root on itself, nodev; the bind is one mount only, so what lies on mount points below stays
 // outside.
 func bindRoot(path string) error {

@@ -194,6 +194,7 @@ type setupMsg struct {
 	dev, ino uint64 // of root as the gateway sees it: both must look at the same directory
 	legacy   bool   // plain level: mount what the job asked for with DKMS
 	noNodes  bool   // chroot level: sessions may not make device nodes
+	attach   bool   // the root is a mount that comes along
 	env      []string
 }
 
@@ -204,6 +205,7 @@ func (m *setupMsg) encode(e *encoder) {
 	e.num(m.ino)
 	e.flag(m.legacy)
 	e.flag(m.noNodes)
+	e.flag(m.attach)
 	e.list(m.env)
 }
 
@@ -213,7 +215,7 @@ func (m *setupMsg) decode(b []byte) error {
 	if d.err == nil && (l < uint32(Plain) || l > uint32(Namespaces)) {
 		return fmt.Errorf("%w: level %d", errMalformed, l)
 	}
-	*m = setupMsg{level: Level(l), root: d.str(), dev: d.num(), ino: d.num(), legacy: d.flag(), noNodes: d.flag(), env: d.list()}
+	*m = setupMsg{level: Level(l), root: d.str(), dev: d.num(), ino: d.num(), legacy: d.flag(), noNodes: d.flag(), attach: d.flag(), env: d.list()}
 	return d.end()
 }
 

@@ -16,7 +16,7 @@ import (
 // messages has one of each body, filled.
 func messages() []message {
 	return []message{
-		&setupMsg{level: Chroot, root: "/mnt/image/image-root", dev: 1 << 40, ino: 2, legacy: true, noNodes: true, env: []string{"A=b", ""}},
+		&setupMsg{level: Chroot, root: "/mnt/image/image-root", dev: 1 << 40, ino: 2, legacy: true, noNodes: true, attach: true, env: []string{"A=b", ""}},
 		&readyMsg{caps: 1<<41 - 1, notes: []string{"n"}},
 		&failedMsg{text: "no"},
 		&spawnMsg{kind: Exec, command: "echo \xff\x00", env: []string{"X=1"}, stdio: 7},

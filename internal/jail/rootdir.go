@@ -37,8 +37,15 @@ type devEntry struct {
 	link     string
 }
 
-func openImageDir(path string, log *slog.Logger) (*imageDir, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+func openImageDir(path string, mount *os.File, log *slog.Logger) (*imageDir, error) {
+	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	var fd int
+	var err error
+	if mount != nil {
+		fd, err = unix.Openat(int(mount.Fd()), ".", flags, 0)
+	} else {
+		fd, err = unix.Open(path, flags, 0)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open image root %s: %w; was the image laid out there?", path, err)
 	}

@@ -28,6 +28,9 @@ func Start(ctx context.Context, cfg Config) (*Jail, error) {
 		return nil, fmt.Errorf("jail: %w", err)
 	}
 	cfg.Root = root
+	if cfg.Mount != nil && cfg.Level == Auto {
+		cfg.Level = Namespaces // what may mount may do that
+	}
 	if cfg.Level != Auto {
 		j, err := establish(ctx, cfg, cfg.Level)
 		if err != nil {
@@ -68,7 +71,10 @@ func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error
 	if missing != "" {
 		return nil, fmt.Errorf("the container lacks %s; give it that, or do not ask for a jail", missing)
 	}
-	dir, err := openImageDir(cfg.Root, cfg.Log)
+	if cfg.Mount != nil && level == Chroot {
+		return nil, errors.New("a root that has to be mounted takes a mount namespace")
+	}
+	dir, err := openImageDir(cfg.Root, cfg.Mount, cfg.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -94,7 +100,9 @@ func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error
 		}
 	}
 	var lent []*os.File
-	if level == Chroot {
+	if cfg.Mount != nil {
+		setup.attach, lent = true, []*os.File{cfg.Mount}
+	} else if level == Chroot {
 		if lent, err = j.borrow(ctx, setup); err != nil {
 			j.log.Warn("sessions have no /proc, and programs in them cannot open terminals (tmux, screen, script, sudo with use_pty): this container allows no user namespaces", "err", err)
 			if setup.noNodes, err = j.guardDevices(); err != nil {
@@ -103,8 +111,10 @@ func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error
 		}
 	}
 	err = j.startInit(ctx, setup, lent)
-	for _, f := range lent {
-		f.Close()
+	if cfg.Mount == nil {
+		for _, f := range lent {
+			f.Close()
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -143,11 +153,11 @@ func mayMount(log *slog.Logger) bool {
 }
 
 // initNamespaces are the clone flags of a level.
-func initNamespaces(level Level, legacy bool) uintptr {
+func initNamespaces(m setupMsg) uintptr {
 	switch {
-	case level == Namespaces:
+	case m.level == Namespaces:
 		return unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
-	case legacy:
+	case m.legacy, m.attach:
 		return unix.CLONE_NEWNS
 	}
 	return 0
@@ -170,7 +180,7 @@ func (j *Jail) startInit(ctx context.Context, setup setupMsg, lent []*os.File) e
 		return err
 	}
 	j.trace = newTail(j.log)
-	err = j.fork(theirs, errW, initNamespaces(j.level, setup.legacy))
+	err = j.fork(theirs, errW, initNamespaces(setup))
 	errW.Close()
 	if err != nil {
 		j.conn.close()

@@ -11,14 +11,15 @@ import (
 	"strings"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
+	"github.com/ims-buildenv/ims-buildenv/internal/layers"
 	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 	"github.com/ims-buildenv/ims-buildenv/internal/upload"
 )
 
-// base is the image the root was unpacked from.
+// base is the image the root was made from.
 type base struct {
-	file  *os.File
+	file  *os.File // nil: the root's
 	image *squash.Image
 	index *squash.Index // nil: every file is read to see whether it changed
 	key   string        // of its object in the job's bucket; "" if it is not there
@@ -26,13 +27,23 @@ type base struct {
 	md5   string
 }
 
-func (b *base) Close() error { return b.file.Close() }
+func (b *base) Close() error {
+	if b.file == nil {
+		return nil
+	}
+	return b.file.Close()
+}
 
 // openBase opens what the init container left, or returns nil: then everything
 // is compressed, which takes longer and is never wrong.
-func (r *run) openBase() *base {
+func (r *run) openBase(root *layers.Root) *base {
 	if r.cfg.Action != config.ActionCustomize {
 		return nil
+	}
+	if image := root.Base(); image != nil {
+		b := &base{image: image}
+		r.findObject(b)
+		return b
 	}
 	f, err := layout.Open(r.cfg.Parent, layout.Image)
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
 	"github.com/ims-buildenv/ims-buildenv/internal/imageroot"
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
+	"github.com/ims-buildenv/ims-buildenv/internal/layers"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
 	"github.com/ims-buildenv/ims-buildenv/internal/upload"
 )
@@ -57,6 +58,7 @@ type Deps struct {
 type tuning struct {
 	probeTimeout time.Duration
 	watchPause   time.Duration
+	mountWait    time.Duration
 }
 
 // packedName is the new image on the volume. The image's own name is user
@@ -168,6 +170,9 @@ func (r *run) main(ctx context.Context) error {
 	if r.cfg.RemoteBuildNode != "" {
 		return fmt.Errorf("remote builds are not supported: this job is to be built on %s; create it without remote build nodes for its architecture", r.cfg.RemoteBuildNode)
 	}
+	if err := r.settleLayout(ctx); err != nil {
+		return err
+	}
 	switch r.state.Phase {
 	case phasePackaging:
 		r.log.Warn("an earlier run ended while it packaged; taking its image back and packaging again", "image", r.state.ImageID)
@@ -192,32 +197,22 @@ func (r *run) main(ctx context.Context) error {
 }
 
 func (r *run) customize(ctx context.Context) error {
-	root, err := imageroot.Open(r.cfg.RootDir)
+	root, err := r.openRoot()
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	if err := root.InstallCA(r.cfg.CADir); err != nil {
-		return err
-	}
-	if err := root.SwapResolvConf(r.cfg.ResolvConf, r.resolvBackup()); err != nil {
-		return err
-	}
-	if boot, err := root.FindBoot(r.bootNames()); err != nil {
-		r.log.Warn("the image has no usable boot files yet; without them the job will fail after the shell", "error", err)
-	} else {
-		boot.Close()
+	removeTmp := func() error { return nil }
+	// A layered root may be mounted when an earlier run ended; then that run did all this.
+	if !r.state.Layered || r.state.Phase != phaseShell {
+		if removeTmp, err = r.setUp(root); err != nil {
+			return err
+		}
 	}
 	if err := r.store.Check(ctx); err != nil && ctx.Err() == nil {
 		r.log.Warn("the store is not usable now; without it the job will fail after the shell", "error", err)
 	}
-	removeTmp := func() error { return nil }
-	if r.cfg.Jailed {
-		if removeTmp, err = root.EnsureTmp(); err != nil {
-			return err
-		}
-	}
-	if err := r.shell(ctx); err != nil {
+	if err := r.shell(ctx, func() error { return removeStale(root, r.flags, true) }); err != nil {
 		return err
 	}
 	failed, err := r.flags.Exists(signalfile.Failed)
@@ -227,10 +222,31 @@ func (r *run) customize(ctx context.Context) error {
 	if failed {
 		return errUserFailed
 	}
-	if err := errors.Join(r.restoreResolv(), removeTmp()); err != nil {
+	if r.state.Layered {
+		// Elsewhere sshd has removed the flag.
+		err = removeStale(root, r.flags, false)
+	}
+	if err := errors.Join(err, r.restoreResolv(), removeTmp()); err != nil {
 		return err
 	}
 	return r.packaging(ctx)
+}
+
+// setUp makes the root fit for the user.
+func (r *run) setUp(root *layers.Root) (undoTmp func() error, err error) {
+	if err := root.InstallCA(r.cfg.CADir); err != nil {
+		return nil, err
+	}
+	if err := root.SwapResolvConf(r.cfg.ResolvConf, r.resolvBackup()); err != nil {
+		return nil, err
+	}
+	if err := root.CheckBoot(r.bootNames()); err != nil {
+		r.log.Warn("the image has no usable boot files yet; without them the job will fail after the shell", "error", err)
+	}
+	if !r.cfg.Jailed {
+		return func() error { return nil }, nil
+	}
+	return root.EnsureTmp()
 }
 
 func (r *run) create(ctx context.Context) error {
@@ -240,13 +256,13 @@ func (r *run) create(ctx context.Context) error {
 	}
 	if failed {
 		if r.cfg.Debug {
-			if err := r.shell(ctx); err != nil {
+			if err := r.shell(ctx, r.flags.RemoveStale); err != nil {
 				return err
 			}
 		}
 		return errors.New("the build of the image failed; see the log of the container build-image")
 	}
-	root, err := imageroot.Open(r.cfg.RootDir)
+	root, err := r.openRoot()
 	if err != nil {
 		return err
 	}
@@ -268,7 +284,7 @@ func (r *run) packedPath() string   { return filepath.Join(r.cfg.Parent, packedN
 // restoreResolv undoes SwapResolvConf. It reopens the root, which the user may
 // have replaced.
 func (r *run) restoreResolv() error {
-	root, err := imageroot.Open(r.cfg.RootDir)
+	root, err := r.openRoot()
 	if err != nil {
 		return err
 	}
@@ -315,7 +331,9 @@ func (r *run) finish(ctx context.Context, jobErr error) int {
 	r.takeBack(ctx)
 	r.state.Phase = phaseFailed
 	r.saveState()
-	if err := r.restoreResolv(); err != nil {
+	if r.state.Layered {
+		r.log.Debug("the layered root stays as it is") // it may still be mounted
+	} else if err := r.restoreResolv(); err != nil {
 		r.log.Debug("resolv.conf stays as it is", "error", err) // nobody needs this root any more
 	}
 	r.removeWorkFiles()

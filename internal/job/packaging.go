@@ -15,6 +15,7 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
 	"github.com/ims-buildenv/ims-buildenv/internal/imageroot"
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
+	"github.com/ims-buildenv/ims-buildenv/internal/layers"
 	"github.com/ims-buildenv/ims-buildenv/internal/progress"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 	"github.com/ims-buildenv/ims-buildenv/internal/upload"
@@ -44,7 +45,7 @@ func (r *run) packaging(ctx context.Context) error {
 }
 
 func (r *run) packAndPublish(ctx context.Context) (published, error) {
-	root, err := imageroot.Open(r.cfg.RootDir)
+	root, err := r.openRoot()
 	if err != nil {
 		return published{}, err
 	}
@@ -58,12 +59,14 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 	if err := r.store.Check(ctx); err != nil {
 		return published{}, err
 	}
-	if err := checkSpace(ctx, root.FDPath(), r.cfg.Parent, r.log); err != nil {
+	if err := checkSpace(ctx, root, r.cfg.Parent, r.log); err != nil {
 		return published{}, err
 	}
 	flags := r.flags
-	flags.Root = r.cfg.RootDir // a create job packs another root than it opens a shell on
-	if err := errors.Join(flags.RemoveStale(), root.ProtectImageDir()); err != nil {
+	if !r.state.Layered {
+		flags.Root = r.cfg.RootDir // a create job packs another root than it opens a shell on
+	}
+	if err := errors.Join(removeStale(root, flags, false), root.ProtectImageDir()); err != nil {
 		return published{}, err
 	}
 	return r.packWhilePublishing(ctx, root, boot)
@@ -72,13 +75,13 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 // packWhilePublishing packs beside all that does not need the image: its record,
 // the upload of the other artifacts. The check of the image, and bringing it to
 // disk, overlap with its digest and its upload.
-func (r *run) packWhilePublishing(ctx context.Context, root *imageroot.Root, boot *imageroot.Boot) (published, error) {
+func (r *run) packWhilePublishing(ctx context.Context, root *layers.Root, boot *imageroot.Boot) (published, error) {
 	file, err := r.createPacked()
 	if err != nil {
 		return published{}, err
 	}
 	defer file.Close()
-	base := r.openBase()
+	base := r.openBase(root)
 	if base != nil {
 		defer base.Close()
 	}
@@ -111,13 +114,13 @@ func (r *run) createPacked() (*os.File, error) {
 }
 
 // pack writes the image to file and calls whole as soon as it can be read.
-func (r *run) pack(ctx context.Context, root *imageroot.Root, base *base, file *os.File, whole func(int64, *upload.Base)) error {
+func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.File, whole func(int64, *upload.Base)) error {
 	opt := squash.Options{MemoryLimit: cgroupMemory() / 4}
 	dir := squash.DirOptions{OneFileSystem: true}
 	if base != nil {
 		opt.Base, dir.Index = &squash.Base{Image: base.image}, base.index
 	}
-	src, err := squash.DirSource(root.FDPath(), dir)
+	src, err := root.Source(dir)
 	if err != nil {
 		return err
 	}
@@ -222,7 +225,13 @@ func Package(ctx context.Context, cfg config.Sidecar, deps Deps) int {
 	}
 	limitMemory(r.log)
 	r.state = state{JobID: cfg.JobID}
-	if err := r.guard(func() error { return r.packaging(ctx) }); err != nil {
+	err = r.guard(func() error {
+		if err := r.settleLayout(ctx); err != nil {
+			return err
+		}
+		return r.packaging(ctx)
+	})
+	if err != nil {
 		return r.finish(ctx, err)
 	}
 	r.removeWorkFiles()

@@ -24,7 +24,7 @@ import (
 const maxKeys = 1 << 20
 
 // shell opens the user's shell and returns when its sessions are over.
-func (r *run) shell(ctx context.Context) error {
+func (r *run) shell(ctx context.Context, removeStale func() error) error {
 	resumed := r.state.Phase == phaseShell
 	ended := false
 	if resumed {
@@ -33,7 +33,7 @@ func (r *run) shell(ctx context.Context) error {
 		if ended, err = r.flags.Exists(signalfile.Exiting); err != nil {
 			return err
 		}
-	} else if err := r.flags.RemoveStale(); err != nil {
+	} else if err := removeStale(); err != nil {
 		// A flag inside the source image, or of the volume's previous job, would
 		// end this one before it began.
 		return err

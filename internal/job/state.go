@@ -37,6 +37,7 @@ type state struct {
 	JobID   string `json:"job_id"`
 	Phase   phase  `json:"phase"`
 	ImageID string `json:"image_id,omitempty"`
+	Layered bool   `json:"layered,omitempty"` // the root is, see package layout
 }
 
 // sealed is the file: the state and a MAC that whoever can write to the volume

@@ -16,6 +16,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/layers"
 )
 
 // probeXattrs warns when the volume cannot hold extended attributes: file
@@ -45,8 +47,8 @@ const (
 )
 
 // checkSpace fails when the image cannot fit, and warns when it may not.
-func checkSpace(ctx context.Context, root, dir string, log *slog.Logger) error {
-	size, err := treeSize(ctx, root)
+func checkSpace(ctx context.Context, root *layers.Root, dir string, log *slog.Logger) error {
+	size, err := treeSize(ctx, root.FDPath()) // of a layered one: what changed
 	if err != nil {
 		return fmt.Errorf("measure the image root: %w", err)
 	}
@@ -59,8 +61,12 @@ func checkSpace(ctx context.Context, root, dir string, log *slog.Logger) error {
 		return fmt.Errorf("%w: the image root holds %d bytes and the volume has %d left, at least %d are needed to pack it; %s",
 			unix.ENOSPC, size, free, size/leastShare, moreSpace)
 	}
-	if free < size/typicalShare {
-		log.Warn("the volume may be too small for the new image", "data", size, "free", free, "typically_needed", size/typicalShare)
+	typical := size / typicalShare
+	if base := root.Base(); base != nil {
+		typical += base.Info().BytesUsed // which is taken over packed
+	}
+	if free < typical {
+		log.Warn("the volume may be too small for the new image", "data", size, "free", free, "typically_needed", typical)
 	}
 	return nil
 }

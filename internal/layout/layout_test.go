@@ -31,7 +31,7 @@ func TestRecord(t *testing.T) {
 	if err != nil || len(names) != 1 {
 		t.Errorf("%v %v", names, err)
 	}
-	if info, err := os.Stat(filepath.Join(dir, file)); err != nil || info.Mode().Perm() != 0o600 {
+	if info, err := os.Stat(filepath.Join(dir, recordFile)); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v %v", info.Mode(), err)
 	}
 }
@@ -46,7 +46,7 @@ func TestOpenRefuses(t *testing.T) {
 		"endless":   func(p string) error { return os.WriteFile(p, []byte(`"`+strings.Repeat("x", 1<<20)), 0o600) },
 	} {
 		dir := t.TempDir()
-		if err := put(filepath.Join(dir, file)); err != nil {
+		if err := put(filepath.Join(dir, recordFile)); err != nil {
 			t.Fatal(err)
 		}
 		if r, err := Read(dir); err == nil || errors.Is(err, fs.ErrNotExist) {
@@ -60,7 +60,7 @@ func FuzzRead(f *testing.F) {
 	f.Add([]byte(`{"urlPath":"/boot-images/x/rootfs","size":5,"md5":"00ff"}`))
 	dir := f.TempDir()
 	f.Fuzz(func(t *testing.T, text []byte) {
-		if err := os.WriteFile(filepath.Join(dir, file), text, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, recordFile), text, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		r, err := Read(dir)

@@ -5,10 +5,13 @@
 // the user.
 //
 // On the job's volume it makes image.sqsh, the download, and image-root, the
-// unpacked tree, with what package layout records of them; each appears under its name only when it is complete. What
-// an earlier run left under these names is removed first. The download stays,
-// readable by root alone and outside the root, because packing can copy the
-// blocks of unchanged files from it instead of compressing them again.
+// tree, with what package layout records of them; each appears under its name
+// only when it is complete. The tree is unpacked, or, where the container sshd
+// will be able to mount it, laid out in layers, which takes no time: image-root
+// is an empty directory then. What an earlier run left under these names is
+// removed first. The download stays, readable by root alone and outside the root:
+// the layers need it, and packing copies the blocks of unchanged files from it
+// instead of compressing them again.
 //
 // It refuses remote builds, URLs that are not http or https, a redirect from
 // HTTPS to HTTP, an image whose MD5 sum is not the expected one, and an image
@@ -29,6 +32,7 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
 	"github.com/ims-buildenv/ims-buildenv/internal/imageroot"
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
+	"github.com/ims-buildenv/ims-buildenv/internal/layers"
 	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/progress"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
@@ -38,7 +42,6 @@ import (
 // Names on the job's volume.
 const (
 	partialImage  = ".image.sqsh.partial"
-	partialRoot   = ".image-root.partial"
 	imageFileMode = 0o600
 )
 
@@ -83,6 +86,8 @@ type run struct {
 	deps Deps
 	log  *slog.Logger
 	vol  *os.Root // the job's volume
+
+	record layout.Record // of the image, written when its root is laid out
 }
 
 // guarded turns a panic into an error: the job must not stay without a final
@@ -133,7 +138,7 @@ func (r *run) prepare(ctx context.Context, rawURL string) error {
 	if err := r.fetch(ctx, src); err != nil {
 		return err
 	}
-	return r.unpack(ctx, src)
+	return r.layOut(ctx, src)
 }
 
 // fetch downloads the image to image.sqsh.
@@ -158,11 +163,12 @@ func (r *run) fetch(ctx context.Context, src *source) error {
 	if err := r.vol.Rename(partialImage, layout.Image); err != nil {
 		return err
 	}
-	return layout.Write(r.cfg.Parent, layout.Record{URLPath: src.url.Path, Size: d.size, MD5: d.md5()})
+	r.record = layout.Record{URLPath: src.url.Path, Size: d.size, MD5: d.md5()}
+	return nil
 }
 
-// unpack lays the image's root out.
-func (r *run) unpack(ctx context.Context, src *source) error {
+// layOut lays the image's root out. The record is the last thing it writes.
+func (r *run) layOut(ctx context.Context, src *source) error {
 	f, err := r.vol.Open(layout.Image)
 	if err != nil {
 		return err
@@ -176,45 +182,80 @@ func (r *run) unpack(ctx context.Context, src *source) error {
 	if err != nil {
 		return r.unusable(src, err)
 	}
-	bar := progress.NewLog(r.log, "unpack image", 0)
-	stats, err := squash.Unpack(ctx, img, filepath.Join(r.cfg.Parent, partialRoot), squash.UnpackOptions{
-		MaxBytes: max(1, r.room()), Progress: bar.Update, Log: r.log,
-	})
-	if err != nil {
-		return r.unusable(src, err)
-	}
-	bar.Finish()
-	if err := r.vol.Rename(partialRoot, filepath.Base(r.cfg.ImageRoot())); err != nil {
+	if err := r.chooseLayout(img); err != nil {
 		return err
 	}
-	r.index(ctx, img)
-	r.log.Info("image root is ready", "root", r.cfg.ImageRoot(), "files", stats.Files, "dirs", stats.Dirs, "bytes", stats.Bytes)
+	if r.record.Layout == layout.Unpacked {
+		if err := r.unpack(ctx, img); err != nil {
+			return r.unusable(src, err)
+		}
+	}
+	if err := layout.Write(r.cfg.Parent, r.record); err != nil {
+		return err
+	}
+	r.log.Info("image root is ready", "root", r.cfg.ImageRoot(), "layout", r.record.Layout, "why", r.record.Why)
 	r.checkBoot()
 	return nil
 }
 
-// index notes what is on disk now, so that packing need not read what the user
-// leaves alone. Without it packing takes longer, and that is all.
-func (r *run) index(ctx context.Context, img *squash.Image) {
-	if err := squash.WriteIndex(ctx, img, r.cfg.ImageRoot(), filepath.Join(r.cfg.Parent, layout.Index)); err != nil {
-		r.log.Warn("every file will be read again when the image is packed", "err", err)
+// chooseLayout decides, and lays out what is layered.
+func (r *run) chooseLayout(img *squash.Image) error {
+	r.record.Layout = layout.Unpacked
+	switch {
+	case r.cfg.Layout == config.LayoutUnpacked:
+		r.record.Why = "IMS_BUILDENV_LAYOUT asks for it"
+		return nil
+	case r.cfg.Layout != config.LayoutLayered && !r.cfg.DKMS:
+		r.record.Why = "the container sshd may not mount: the job was created without require_dkms"
+		return nil
 	}
+	err := layers.LayOut(img, r.cfg.Parent, r.cfg.ImageRoot())
+	if err == nil {
+		err = layout.Probe(r.cfg.Parent, r.cfg.ImageRoot())
+	}
+	if err == nil {
+		r.record.Layout, r.record.Why = layout.Layered, "mounting it works"
+		return nil
+	}
+	if r.cfg.Layout == config.LayoutLayered {
+		return fmt.Errorf("IMS_BUILDENV_LAYOUT asks for a layered root, which cannot be had here: %w: set it to auto", err)
+	}
+	r.record.Why = err.Error()
+	var errs []error
+	for _, name := range []string{layout.Upper, layout.Work, filepath.Base(r.cfg.ImageRoot())} {
+		errs = append(errs, r.vol.RemoveAll(name))
+	}
+	return errors.Join(errs...)
+}
+
+func (r *run) unpack(ctx context.Context, img *squash.Image) error {
+	bar := progress.NewLog(r.log, "unpack image", 0)
+	stats, err := layers.Unpack(ctx, img, r.cfg.Parent, r.cfg.ImageRoot(), squash.UnpackOptions{
+		MaxBytes: max(1, r.room()), Progress: bar.Update, Log: r.log,
+	})
+	if err != nil {
+		return err
+	}
+	bar.Finish()
+	r.log.Info("image unpacked", "files", stats.Files, "dirs", stats.Dirs, "bytes", stats.Bytes)
+	return nil
 }
 
 // checkBoot tells the user before the work, not after it, that the image has
 // no kernel or initrd of the name the job gave. They may still make one.
 func (r *run) checkBoot() {
-	root, err := imageroot.Open(r.cfg.ImageRoot())
+	open := func() (*layers.Root, error) { return layers.OpenUnpacked(r.cfg.ImageRoot()) }
+	if r.record.Layout == layout.Layered {
+		open = func() (*layers.Root, error) { return layers.OpenLayered(r.cfg.Parent) }
+	}
+	root, err := open()
 	if err != nil {
 		return
 	}
 	defer root.Close()
-	boot, err := root.FindBoot(imageroot.BootNames{Kernel: r.cfg.KernelName, Initrd: r.cfg.InitrdName, Arch: r.cfg.Arch})
-	if err != nil {
+	if err := root.CheckBoot(imageroot.BootNames{Kernel: r.cfg.KernelName, Initrd: r.cfg.InitrdName, Arch: r.cfg.Arch}); err != nil {
 		r.log.Warn("the image cannot be packed as it is", "err", err)
-		return
 	}
-	boot.Close()
 }
 
 // unusable says what to do about an image that cannot be unpacked.

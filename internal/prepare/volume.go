@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/imageroot"
+	"github.com/ims-buildenv/ims-buildenv/internal/layers"
 	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
 	"golang.org/x/sys/unix"
@@ -32,8 +33,8 @@ func (r *run) openVolume() error {
 // resolv.conf. os.Root follows no link out of the volume.
 func (r *run) discard(why string) error {
 	var errs []error
-	for _, name := range append(layout.Names(),
-		partialImage, partialRoot, filepath.Base(r.cfg.ImageRoot()),
+	for _, name := range append(append(layout.Names(), layers.Names()...),
+		partialImage, filepath.Base(r.cfg.ImageRoot()),
 		imageroot.ResolvBackup, imageroot.ResolvBackupSaved,
 		string(signalfile.Ready), string(signalfile.Complete), string(signalfile.Failed), string(signalfile.Exiting), string(signalfile.PodError),
 	) {

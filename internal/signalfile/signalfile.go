@@ -69,9 +69,12 @@ func (p place) String() string { return filepath.Join(p.dir, p.name) }
 
 func (s Set) place(n Name) place { return s.placeIn(n, s.Jailed) }
 
+// InRoot is where a flag of the user's lies in the image root, in the jailed mode.
+func InRoot(n Name) string { return jailTmp + "/" + string(n) }
+
 func (s Set) placeIn(n Name, jailed bool) place {
 	if jailed && (n == Complete || n == Failed) {
-		return place{s.Root, jailTmp + "/" + string(n)}
+		return place{s.Root, InRoot(n)}
 	}
 	return place{s.Parent, string(n)}
 }

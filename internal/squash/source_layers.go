@@ -87,17 +87,19 @@ func (s *layersSource) readIndex(dir string) error {
 		return err
 	}
 	for _, name := range names {
-		if number, ok := originNumber(name); ok {
+		if number, ok := IndexedInode(name); ok {
 			s.moved[number] = name
 		}
 	}
 	return nil
 }
 
-// originNumber reads an index entry's name: in hexadecimal, a struct ovl_fb
-// (fs/overlayfs/overlayfs.h) with the file handle of the inode in the lower
+// IndexedInode reads the name of an entry in the index of an overlay's work
+// directory, which holds the changed inode of a file with several names. It
+// returns the inode's number in the image. The name is, in hexadecimal, a struct
+// ovl_fb (fs/overlayfs/overlayfs.h) with the file handle of the inode in the lower
 // layer. That of SquashFS is the inode number and a generation of zero.
-func originNumber(name string) (uint32, bool) {
+func IndexedInode(name string) (uint32, bool) {
 	const (
 		version, magic = 0, 0xfb
 		fileidIno32Gen = 1  // include/linux/exportfs.h

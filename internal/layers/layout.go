@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package layers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/layout"
+	"github.com/ims-buildenv/ims-buildenv/internal/squash"
+)
+
+// partialRoot is an unpacked root on its way to its name.
+const partialRoot = ".image-root.partial"
+
+// Names returns the names on the volume that LayOut and Unpack use besides the
+// root's and those of package layout, for cleaning up.
+func Names() []string { return []string{partialRoot} }
+
+// LayOut lays the image on the volume parent out as layers: an upper layer without
+// a change, and the empty directory root, where they are to be mounted.
+func LayOut(img *squash.Image, parent, root string) error {
+	top, err := img.Root()
+	if err != nil {
+		return err
+	}
+	work, upper := filepath.Join(parent, layout.Work), filepath.Join(parent, layout.Upper)
+	for _, dir := range []string{work, upper, root} {
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("lay out: %w", err)
+		}
+	}
+	r := Root{base: img}
+	err = errors.Join(os.Mkdir(work, 0o700), os.Mkdir(root, 0o755), os.Chmod(root, 0o755), r.make(upper, ".", top))
+	if err != nil {
+		return fmt.Errorf("lay out: %w", err)
+	}
+	return nil
+}
+
+// Source is the root's tree, for packing. The options are for an unpacked one.
+func (r *Root) Source(opt squash.DirOptions) (squash.Source, error) {
+	if r.base == nil {
+		return squash.DirSource(r.FDPath(), opt)
+	}
+	return squash.LayersSource(r.base, r.FDPath(), squash.LayersOptions{Work: r.work})
+}
+
+// Unpack lays the image on the volume parent out as a directory with an index. The
+// directory appears under its name only when it is complete; an empty one there is
+// replaced. After an error what was unpacked is left.
+func Unpack(ctx context.Context, img *squash.Image, parent, root string, opt squash.UnpackOptions) (squash.UnpackStats, error) {
+	partial := filepath.Join(parent, partialRoot)
+	stats, err := squash.Unpack(ctx, img, partial, opt)
+	if err == nil {
+		err = os.Rename(partial, root)
+	}
+	if err != nil {
+		return stats, err
+	}
+	// Without an index packing takes longer, and that is all.
+	if err := squash.WriteIndex(ctx, img, root, filepath.Join(parent, layout.Index)); err != nil {
+		opt.Log.Log(ctx, slog.LevelWarn, "every file will be read again when the image is packed", "err", err)
+	}
+	return stats, nil
+}
