@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 )
@@ -57,10 +59,10 @@ func Unpack(ctx context.Context, img *squash.Image, parent, root string, opt squ
 	partial := filepath.Join(parent, partialRoot)
 	stats, err := squash.Unpack(ctx, img, partial, opt)
 	if err == nil {
-		err = os.Rename(partial, root)
+		err = unix.Rename(partial, root) // os.Rename takes no directory's place
 	}
 	if err != nil {
-		return stats, err
+		return stats, fmt.Errorf("lay out %s: %w", root, err)
 	}
 	// Without an index packing takes longer, and that is all.
 	if err := squash.WriteIndex(ctx, img, root, filepath.Join(parent, layout.Index)); err != nil {
