@@ -212,7 +212,7 @@ func TestLayersRefused(t *testing.T) {
 func FuzzOriginNumber(f *testing.F) {
 	f.Add("00fb1d0001" + strings.Repeat("00", 16) + "0100000000000000")
 	f.Fuzz(func(t *testing.T, name string) {
-		if number, ok := originNumber(name); ok {
+		if number, ok := IndexedInode(name); ok {
 			b, err := hex.DecodeString(name)
 			if err != nil || binary.NativeEndian.Uint32(b[21:]) != number {
 				t.Errorf("%q: %d", name, number)
