@@ -5,9 +5,8 @@ package main
 import (
 	"os"
 
-	"github.com/spf13/cobra"
-
 	"github.com/google/renameio/v2"
+	"github.com/spf13/cobra"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/changes"
 )
