@@ -20,8 +20,8 @@
 //	/proc        own, kernel controls     the container's, the same   the container's
 //	             read-only or hidden      read-only or hidden *
 //	/sys         own, read-only           the container's, read-only *  the container's
-//	/dev         null zero full random    the same but mqueue,         the container's
-//	             urandom tty pts shm         read-only *
+//	/dev         null zero full random    the same but mqueue,        the container's
+//	             urandom tty pts shm      read-only *
 //	             mqueue, nothing else
 //	system calls no user namespaces, no   the same                    the container's
 //	             keyrings, no bpf, …
