@@ -291,6 +291,14 @@ func TestTold(t *testing.T) {
 		"at the login":  func(p *pod, end func()) { p.ims.intercept(onCall("PATCH jobs status=waiting_on_user", end)) },
 		"with the user": func(p *pod, end func()) { p.user = end },
 		"while packing": func(p *pod, end func()) { p.ims.intercept(onCall("PATCH jobs status=packaging_artifacts", end)) },
+		"at the record": func(p *pod, end func()) {
+			p.ims.intercept(func(call string) int {
+				if call == "POST images" {
+					end()
+				}
+				return 0 // the record is made all the same
+			})
+		},
 		"amid the upload": func(p *pod, end func()) {
 			p.store.put = func(_ string, n int64) {
 				if n > 0 {

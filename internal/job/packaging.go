@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
@@ -165,7 +166,7 @@ func artifacts(image io.ReaderAt, pending *upload.Pending, boot *imageroot.Boot,
 // publish makes the image record, uploads, and links everything up. The record
 // is noted before the first object exists, so that undo finds both.
 func (r *run) publish(ctx context.Context, name string, files []upload.Artifact) (published, error) {
-	image, err := r.ims.CreateImage(ctx, name, r.cfg.Arch)
+	image, err := r.createRecord(ctx, name)
 	if err != nil {
 		return published{}, err
 	}
@@ -205,6 +206,27 @@ func (r *run) publish(ctx context.Context, name string, files []upload.Artifact)
 	}
 	r.log.Info("image registered", "image", image.ID, "name", name)
 	return p, nil
+}
+
+// createGrace is how long the answer about a new record is waited for when the job is ended meanwhile.
+const createGrace = 3 * time.Second
+
+// createRecord makes the image record. A request that is under way when the job is ended goes on for a moment: a record
+// whose id nobody got is one that nobody removes.
+func (r *run) createRecord(ctx context.Context, name string) (ims.Image, error) {
+	if ctx.Err() != nil {
+		return ims.Image{}, context.Cause(ctx)
+	}
+	request, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	defer context.AfterFunc(ctx, func() {
+		time.AfterFunc(createGrace, func() { cancel(context.Cause(ctx)) })
+	})()
+	image, err := r.ims.CreateImage(request, name, r.cfg.Arch)
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return image, err
 }
 
 // progress reports to a terminal as a bar, otherwise in the job's own log.
