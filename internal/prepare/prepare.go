@@ -203,7 +203,7 @@ func (r *run) chooseLayout(img *squash.Image) error {
 	r.record.Layout = layout.Unpacked
 	switch {
 	case r.cfg.Layout == config.LayoutUnpacked:
-		r.record.Why = "IMS_BUILDENV_LAYOUT asks for it"
+		r.record.Why = "IMS_BUILDENV_LAYOUT is unpacked"
 		return nil
 	case r.cfg.Layout != config.LayoutLayered && !r.cfg.DKMS:
 		r.record.Why = "the container sshd may not mount: the job was created without require_dkms"
