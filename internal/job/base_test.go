@@ -22,39 +22,47 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/upload"
 )
 
-// prepare does the init container's work: the root is packed to an image, and
-// laid out from it.
-func (p *pod) prepare() {
+// packRoot packs the pod's root to the image the init container leaves on the
+// volume, and opens that until the test ends.
+func (p *pod) packRoot(opt squash.Options) *squash.Image {
 	p.t.Helper()
-	volume, root := p.cfg.Parent, p.cfg.RootDir
-	image := filepath.Join(volume, layout.Image)
-	src, err := squash.DirSource(root, squash.DirOptions{})
+	file := filepath.Join(p.cfg.Parent, layout.Image)
+	src, err := squash.DirSource(p.cfg.RootDir, squash.DirOptions{})
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	_, err = squash.PackFile(p.t.Context(), src, image, squash.Options{Compressor: squash.Zstd})
-	src.Close()
-	if err == nil {
-		err = os.RemoveAll(root)
+	defer src.Close()
+	if _, err := squash.PackFile(p.t.Context(), src, file, opt); err != nil {
+		p.t.Fatal(err)
 	}
+	f, err := os.Open(file)
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	f, err := os.Open(image)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	defer f.Close()
+	p.t.Cleanup(func() { f.Close() })
 	info, err := f.Stat()
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	img, err := squash.Open(f, info.Size())
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return img
+}
+
+// prepare does the init container's work: the root is packed to an image, and
+// laid out from it.
+func (p *pod) prepare() {
+	p.t.Helper()
+	img := p.packRoot(squash.Options{Compressor: squash.Zstd})
+	root := p.cfg.RootDir
+	err := os.RemoveAll(root)
 	if err == nil {
 		_, err = squash.Unpack(p.t.Context(), img, root, squash.UnpackOptions{})
 	}
 	if err == nil {
-		err = squash.WriteIndex(p.t.Context(), img, root, filepath.Join(volume, layout.Index))
+		err = squash.WriteIndex(p.t.Context(), img, root, filepath.Join(p.cfg.Parent, layout.Index))
 	}
 	if err != nil {
 		p.t.Fatal(err)

@@ -21,29 +21,9 @@ import (
 // layIn makes the pod's root one in layers.
 func (p *pod) layIn() {
 	p.t.Helper()
-	file := filepath.Join(p.cfg.Parent, layout.Image)
-	src, err := squash.DirSource(p.cfg.RootDir, squash.DirOptions{})
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	defer src.Close()
-	if _, err := squash.PackFile(p.t.Context(), src, file, squash.Options{}); err != nil {
-		p.t.Fatal(err)
-	}
-	f, err := os.Open(file)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	img, err := squash.Open(f, info.Size())
-	if err == nil {
-		err = errors.Join(layers.LayOut(img, p.cfg.Parent, p.cfg.RootDir),
-			layout.Write(p.cfg.Parent, layout.Record{Layout: layout.Layered}))
-	}
+	img := p.packRoot(squash.Options{})
+	err := errors.Join(layers.LayOut(img, p.cfg.Parent, p.cfg.RootDir),
+		layout.Write(p.cfg.Parent, layout.Record{Layout: layout.Layered}))
 	if err != nil {
 		p.t.Fatal(err)
 	}
