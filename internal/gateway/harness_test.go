@@ -293,7 +293,10 @@ func (j *job) tool(name string, args ...string) *exec.Cmd {
 		"-F", "none", portFlag, port, "-i", j.key.path, "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none",
 		"-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes",
 	}
-	cmd := exec.Command(name, append(base, args...)...)
+	// A client that hangs is this test's failure, not the end of all tests by their timeout.
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	j.t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, name, append(base, args...)...)
 	cmd.WaitDelay = 30 * time.Second
 	return cmd
 }

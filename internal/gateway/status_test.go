@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -52,7 +51,7 @@ func (j *job) session(kind string) (found sessionStatus, of connStatus) {
 
 func TestStatus(t *testing.T) {
 	j := start(t, options{})
-	tool := func(name string, args ...string) (*exec.Cmd, func() int) {
+	tool := func(name string, args ...string) (io.Writer, func() int) {
 		cmd := j.tool(name, args...)
 		in, err := cmd.StdinPipe()
 		if err == nil {
@@ -62,11 +61,11 @@ func TestStatus(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { in.Close() })
-		return cmd, func() int { cmd.Wait(); return cmd.ProcessState.ExitCode() }
+		return in, func() int { cmd.Wait(); return cmd.ProcessState.ExitCode() }
 	}
 	_, shellEnds := tool("ssh", "-tt", host)
 	_, execEnds := tool("ssh", host, "echo out; sleep 1000; # \x1b[31mhostile\n")
-	_, sftpEnds := tool("sftp", host)
+	sftpCommands, sftpEnds := tool("sftp", host)
 
 	shell, of := j.session("shell")
 	if !shell.TTY || shell.PID == 0 || shell.Command != "" || of.Key != j.key.fingerprint() || of.Comment != "the user" ||
@@ -111,6 +110,8 @@ func TestStatus(t *testing.T) {
 	if code := execEnds(); code == 0 {
 		t.Error("the command ended as if nothing had happened")
 	}
+	// One that waits for a command does not notice before it has one.
+	io.WriteString(sftpCommands, "ls\n")
 	if code := sftpEnds(); code == 0 {
 		t.Error("sftp ended as if nothing had happened")
 	}
