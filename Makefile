@@ -25,6 +25,9 @@ FUZZTIME ?= 20000x
 # what was left behind: nobody else's tests may run at the same time.
 ALONE := internal/(jail|gateway|job)(/|$$$$)
 
+# Programs built with the race detector sleep a second before they end; the tests start hundreds of them.
+export GORACE := atexit_sleep_ms=0
+
 .PHONY: help build demo run test test-unit test-integration fuzz bench images boot-test lint deps-build clean
 
 help: ## List the targets

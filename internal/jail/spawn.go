@@ -236,7 +236,7 @@ func (s *supervisor) execShell(m *spawnMsg, acct *account, ttyName string, std [
 // first and executes the program by descriptor.
 func (s *supervisor) execSelf(m *spawnMsg, acct *account, std [3]*os.File) (int, error) {
 	mode := map[Kind]string{SFTP: modeSFTP, kindProbe: modeProbe, kindSockets: modeSockets}[m.kind]
-	env := []string{"HOME=" + acct.home, "USER=" + acct.name, "PATH=" + defaultPath}
+	env := append([]string{"HOME=" + acct.home, "USER=" + acct.name, "PATH=" + defaultPath}, raceEnv...)
 	a, err := s.attr(acct, env, std, false)
 	if err != nil {
 		return 0, err

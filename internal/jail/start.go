@@ -225,7 +225,7 @@ func (j *Jail) startInit(ctx context.Context, setup setupMsg, lent []*os.File) e
 
 // childEnv is all the environment that init gets: nothing of the gateway's goes into the jail. The setting keeps the Go
 // runtime from holding files of the container open (it would watch the CPU limit).
-const childEnv = "GODEBUG=containermaxprocs=0,updatemaxprocs=0"
+var childEnv = append([]string{"GODEBUG=containermaxprocs=0,updatemaxprocs=0"}, raceEnv...)
 
 // fork starts this program as init. The kernel kills init when the thread that started it ends, so that thread waits for
 // it. In the levels without a PID namespace init must get the chance to end its descendants: there only the closed
@@ -233,7 +233,7 @@ const childEnv = "GODEBUG=containermaxprocs=0,updatemaxprocs=0"
 func (j *Jail) fork(socket, stderr *os.File, namespaces uintptr) error {
 	attr := &os.ProcAttr{
 		Dir:   "/",
-		Env:   []string{childEnv},
+		Env:   childEnv,
 		Files: []*os.File{nil, nil, stderr, socket},
 		Sys:   &syscall.SysProcAttr{Setsid: true, Cloneflags: namespaces},
 	}
