@@ -121,7 +121,7 @@ func (e *edit) raise(dir *node, entry string, keep bool) (*node, error) {
 			e.white[n.path] = true
 		}
 		return nil, err
-	case n.absent():
+	case n.absent(), n.upper == nil && e.white[n.path]: // deleted, though its whiteout is away for this edit
 		return nil, nil
 	case n.upper == nil:
 		if err := e.copyUp(n); err != nil {

@@ -231,6 +231,11 @@ func TestSameImage(t *testing.T) {
 		"kernel replaced": {plain, func(r *os.Root) error {
 			return errors.Join(r.WriteFile("boot/new", []byte("other kernel"), 0o600), r.Rename("boot/new", "boot/vmlinuz"), r.Link("boot/initrd", "boot/initrd.bak"))
 		}},
+		"no boot: kernel removed":          {plain, func(r *os.Root) error { return r.Remove("boot/vmlinuz") }},
+		"no boot: all removed":             {plain, func(r *os.Root) error { return r.RemoveAll("boot") }},
+		"no boot: target removed":          {linked, func(r *os.Root) error { return r.Remove("usr/lib/initrd") }},
+		"tmp removed":                      {plain, func(r *os.Root) error { return r.RemoveAll("tmp") }},
+		"tmp removed, links":               {linked, func(r *os.Root) error { return r.RemoveAll("var") }},
 		"initrd changed by its other name": {linked, func(r *os.Root) error { return r.WriteFile("usr/lib/initrd.old", []byte("other initrd"), 0) }},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -271,8 +276,12 @@ func TestSameImage(t *testing.T) {
 					return err
 				}
 				b, err := r.FindBoot(imageroot.BootNames{Kernel: "vmlinuz", Initrd: "initrd"})
+				if (err != nil) != strings.HasPrefix(name, "no boot: ") {
+					t.Errorf("%s: boot files: %v", kinds[i], err)
+				}
 				if err != nil {
-					return err
+					boot[i] = err.Error()
+					return nil
 				}
 				defer b.Close()
 				for _, f := range []*imageroot.BootFile{b.Kernel, b.Initrd} {
