@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
+	"github.com/ims-buildenv/ims-buildenv/internal/jail"
 )
 
 const usage = `SSH server of an IMS customize job: root's shell, sftp and commands in the job's image.
@@ -169,6 +170,8 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	run := Run
 	if f.test || more.test {
 		run = check
+	} else if err := jail.Shield(); err != nil {
+		log.Warn("root in a jail may be able to stop the gateway", "err", err)
 	}
 	if err := run(ctx, cfg); err != nil {
 		log.Error("sshd failed", "err", err)

@@ -12,6 +12,8 @@ import (
 	"os"
 	"os/exec"
 	"syscall"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/jail"
 )
 
 // script is the CUSTOMIZATION_SCRIPT: it runs once, in the container and not in the jail,
@@ -44,7 +46,7 @@ func startScript(path string, log *slog.Logger) *script {
 		shell = "/bin/sh"
 	}
 	s.cmd = exec.Command(shell, path)
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: jail.AsRoot()}
 	// A real pipe: Wait then returns when the script ends, though a background process of it
 	// may still hold the other end.
 	out, in, err := os.Pipe()

@@ -123,6 +123,7 @@ func (s *server) handle(nc net.Conn) {
 		t.SetKeepAliveConfig(net.KeepAliveConfig{
 			Enable: s.set.TCPKeepAlive, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 9,
 		})
+		nc = newPromptAcks(t)
 	}
 	c := newConn(s, nc)
 	s.add(c)

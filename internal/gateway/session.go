@@ -353,6 +353,9 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 	ss.c.srv.seen.sessions.WithLabelValues(kind).Inc()
 	ss.log = ss.log.With("kind", kind, "pty", req.TTY != nil)
 	ss.log.Info("session started", "forced", ss.forced, "command_bytes", len(req.Command))
+	if p, ok := ss.c.Conn.(*promptAcks); ok {
+		p.settled()
+	}
 	var stdin *os.File
 	ss.mu.Lock()
 	defer ss.mu.Unlock()

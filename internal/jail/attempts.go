@@ -23,6 +23,7 @@ var attempts = []struct {
 	{"root directory", tryRoot},
 	{"/proc/*/root", tryProcRoots},
 	{"other processes", tryProcesses},
+	{"signals", trySignal},
 	{"regain capabilities", tryCapabilities},
 	{"mount", tryMount},
 	{"pivot_root", tryPivot},
@@ -172,8 +173,8 @@ func tryProcRoots(a *probeArgs) (bool, string) {
 	return false, fmt.Sprintf("%d processes looked at", len(names))
 }
 
-// tryProcesses looks for processes that are not the jail's. Without a PID namespace those outside can be seen and
-// signalled, by design; what counts there is tried by ptrace and its kin.
+// tryProcesses looks for processes that are not the jail's. Without a PID namespace those outside can be seen; what
+// counts there is tried by signals, ptrace and its kin.
 func tryProcesses(a *probeArgs) (bool, string) {
 	if a.Level != Namespaces {
 		return false, "not separated in this level"

@@ -12,7 +12,8 @@ import (
 
 // sessionCaps is what root keeps inside the jail: what unpacking packages and running their scripts takes, and nothing
 // that reaches beyond the image. Left out of a container runtime's default set are only CAP_NET_RAW (the pod's network
-// is shared: no sniffing of the sidecar) and, without a mount namespace, CAP_SYS_CHROOT (it leads out again).
+// is shared: no sniffing of the sidecar) and, without namespaces of the jail's own, CAP_SYS_CHROOT (it leads out again)
+// and CAP_KILL (see Shield): there root stops processes of other users only as these.
 // CAP_AUDIT_WRITE is in because PAM lets root neither su nor sudo without it.
 const sessionCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FOWNER | 1<<unix.CAP_FSETID |
 	1<<unix.CAP_KILL | 1<<unix.CAP_SETGID | 1<<unix.CAP_SETUID | 1<<unix.CAP_SETPCAP | 1<<unix.CAP_SETFCAP |

@@ -313,7 +313,7 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 	}
 	keep := uint64(sessionCaps)
 	if s.level == Chroot {
-		keep &^= 1 << unix.CAP_SYS_CHROOT
+		keep &^= 1<<unix.CAP_SYS_CHROOT | 1<<unix.CAP_KILL
 		if m.noNodes {
 			keep &^= 1 << unix.CAP_MKNOD
 		}
@@ -321,10 +321,17 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 	if s.caps, err = boundThread(keep); err != nil {
 		return nil, err
 	}
-	if s.level == Chroot {
-		return notes, sealThread(runtime.GOARCH)
+	if s.level != Chroot {
+		return notes, filterThread(runtime.GOARCH, 0)
 	}
-	return notes, filterThread(runtime.GOARCH)
+	user, err := shieldUser()
+	if err != nil {
+		return nil, err
+	}
+	if err := Shield(); err != nil {
+		return nil, err
+	}
+	return notes, sealThread(runtime.GOARCH, user)
 }
 
 // reap collects every child that ends: commands and whatever was orphaned inside the jail.

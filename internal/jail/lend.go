@@ -58,7 +58,7 @@ func (j *Jail) borrow(ctx context.Context, m setupMsg) (files []*os.File, err er
 	child, err := os.StartProcess("/proc/self/exe", []string{"sshd", modeLend}, &os.ProcAttr{
 		Dir: "/", Env: childEnv, Files: []*os.File{null, null, null, theirs},
 		Sys: &syscall.SysProcAttr{
-			Setsid: true, Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS,
+			Setsid: true, Credential: AsRoot(), Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNS,
 			UidMappings: uids, GidMappings: gids, GidMappingsEnableSetgroups: true,
 		},
 	})

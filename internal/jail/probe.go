@@ -20,7 +20,10 @@ type probeArgs struct {
 	Caps     uint64 // what the sessions may have
 	Gateway  int    // pids as seen outside
 	Init     int
-	Block    []uint64 // device numbers of the machine's block devices
+	// Of the chroot level: who must not be signalled, and the user that they are.
+	Shielded   []int
+	ShieldUser int
+	Block      []uint64 // device numbers of the machine's block devices
 }
 
 // probeResult is one attempt to break out.
@@ -50,6 +53,16 @@ const maxProbeOutput = 1 << 20
 // probe starts the probe child in the jail and collects its results.
 func (j *Jail) probe(ctx context.Context) ([]probeResult, error) {
 	a := probeArgs{Level: j.level, Dev: j.dir.st.Dev, Ino: j.dir.st.Ino, Caps: j.caps, Gateway: os.Getpid(), Init: j.proc.Pid}
+	if j.level == Chroot {
+		a.Shielded = []int{a.Init}
+		if shielded() {
+			a.Shielded = append(a.Shielded, a.Gateway)
+		}
+		var err error
+		if a.ShieldUser, err = shieldUser(); err != nil {
+			return nil, err
+		}
+	}
 	for _, d := range partitions() {
 		a.Block = append(a.Block, d.rdev)
 	}

@@ -52,7 +52,7 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		if kind == "filter" {
-			if err := filterThread(runtime.GOARCH); err != nil {
+			if err := filterThread(runtime.GOARCH, 0); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 				os.Exit(1)
 			}

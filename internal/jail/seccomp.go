@@ -15,6 +15,8 @@ type abi struct {
 	clone, unshare uint32 // their first argument is the flags
 	clone3         uint32
 	unwanted       []uint32
+	setuid         [3]uint32 // setuid, setreuid, setresuid: as many arguments as their place says
+	setuid16       []uint32  // the same with ids of 16 bits, which no C library has used since 2001
 }
 
 // newUser is what clone and unshare are not allowed to do. In a user namespace of its own the jail's root would hold
@@ -29,19 +31,22 @@ const newUser = unix.CLONE_NEWUSER
 var (
 	abiX8664 = abi{
 		audit: unix.AUDIT_ARCH_X86_64, clone: 56, unshare: 272, clone3: 435,
-		unwanted: []uint32{248, 249, 250, 321, 298, 323, 425, 426, 427, 304, 308}, // add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_* open_by_handle_at setns
+		unwanted: []uint32{248, 249, 250, 321, 298, 323, 425, 426, 427, 304, 308}, setuid: [3]uint32{105, 113, 117}, // add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_* open_by_handle_at setns
 	}
 	abiI386 = abi{
 		audit: unix.AUDIT_ARCH_I386, clone: 120, unshare: 310, clone3: 435,
 		unwanted: []uint32{286, 287, 288, 357, 336, 374, 425, 426, 427, 342, 346},
+		setuid:   [3]uint32{213, 203, 208}, setuid16: []uint32{23, 70, 164},
 	}
 	abiARM64 = abi{
 		audit: unix.AUDIT_ARCH_AARCH64, clone: 220, unshare: 97, clone3: 435,
 		unwanted: []uint32{217, 218, 219, 280, 241, 282, 425, 426, 427, 265, 268},
+		setuid:   [3]uint32{146, 145, 147},
 	}
 	abiARM = abi{
 		audit: unix.AUDIT_ARCH_ARM, clone: 120, unshare: 337, clone3: 435,
 		unwanted: []uint32{309, 310, 311, 386, 364, 388, 425, 426, 427, 371, 375},
+		setuid:   [3]uint32{213, 203, 208}, setuid16: []uint32{23, 70, 164},
 	}
 )
 
@@ -70,8 +75,8 @@ const (
 )
 
 // filterProgram is the classic BPF program over struct seccomp_data. clone3 hides its flags from a filter: ENOSYS makes
-// the C libraries use clone.
-func filterProgram(tables []abi) []unix.SockFilter {
+// the C libraries use clone. shield is a user that nobody may become, 0 for none.
+func filterProgram(tables []abi, shield int) []unix.SockFilter {
 	var p []unix.SockFilter
 	emit := func(code uint16, k uint32, jt, jf uint8) {
 		p = append(p, unix.SockFilter{Code: code, K: k, Jt: jt, Jf: jf})
@@ -85,9 +90,26 @@ func filterProgram(tables []abi) []unix.SockFilter {
 			emit(jumpBits, x32, 0, 1)
 			emit(ret, retNosys, 0, 0)
 		}
-		for _, nr := range append([]uint32{a.clone3}, a.unwanted...) {
+		unwanted := append([]uint32{a.clone3}, a.unwanted...)
+		if shield != 0 {
+			unwanted = append(unwanted, a.setuid16...)
+		}
+		for _, nr := range unwanted {
 			emit(jumpEqual, nr, 0, 1)
 			emit(ret, retNosys, 0, 0)
+		}
+		for i, nr := range a.setuid {
+			if shield == 0 {
+				break
+			}
+			ids := uint8(i + 1)
+			emit(jumpEqual, nr, 0, 2*ids+2)
+			for n := range ids { // the kernel looks at their low halves, too
+				emit(loadWord, dataArg0+8*uint32(n), 0, 0)
+				emit(jumpEqual, uint32(shield), 2*(ids-n)-1, 0)
+			}
+			emit(ret, retAllow, 0, 0)
+			emit(ret, retEPERM, 0, 0)
 		}
 		emit(jumpEqual, a.clone, 1, 0)
 		emit(jumpEqual, a.unshare, 0, 3)
@@ -103,17 +125,17 @@ func filterProgram(tables []abi) []unix.SockFilter {
 
 // sealThread filters without CAP_SYS_ADMIN. That takes no_new_privs: set-uid programs and file capabilities give users
 // other than root nothing any more.
-func sealThread(goarch string) error {
+func sealThread(goarch string, shield int) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("forbid new privileges: %w", err)
 	}
-	return filterThread(goarch)
+	return filterThread(goarch, shield)
 }
 
 // filterThread installs the filter on the calling thread; its children inherit it for good. It takes CAP_SYS_ADMIN, or
 // no_new_privs.
-func filterThread(goarch string) error {
-	p := filterProgram(abis[goarch])
+func filterThread(goarch string, shield int) error {
+	p := filterProgram(abis[goarch], shield)
 	prog := unix.SockFprog{Len: uint16(len(p)), Filter: &p[0]}
 	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&prog)))
 	if errno != 0 {

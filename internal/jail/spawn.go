@@ -305,6 +305,10 @@ func enterMain() error {
 	if err != nil {
 		return fmt.Errorf("open own program: %w", err)
 	}
+	user, err := shieldUser()
+	if err != nil {
+		return err
+	}
 	if err := unix.Fchdir(rootFD); err != nil {
 		return fmt.Errorf("enter image root: %w", err)
 	}
@@ -315,7 +319,7 @@ func enterMain() error {
 	if _, err := boundThread(caps); err != nil {
 		return err
 	}
-	if err := sealThread(runtime.GOARCH); err != nil {
+	if err := sealThread(runtime.GOARCH, user); err != nil {
 		return err
 	}
 	argv := append([]string{os.Args[0]}, os.Args[3:]...)

@@ -235,7 +235,7 @@ func (j *Jail) fork(socket, stderr *os.File, namespaces uintptr) error {
 		Dir:   "/",
 		Env:   childEnv,
 		Files: []*os.File{nil, nil, stderr, socket},
-		Sys:   &syscall.SysProcAttr{Setsid: true, Cloneflags: namespaces},
+		Sys:   &syscall.SysProcAttr{Setsid: true, Cloneflags: namespaces, Credential: AsRoot()},
 	}
 	if j.level == Namespaces {
 		attr.Sys.Pdeathsig = unix.SIGKILL

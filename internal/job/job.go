@@ -56,6 +56,7 @@ type Deps struct {
 
 // tuning shortens waits in tests; zero values mean the constants.
 type tuning struct {
+	sshdTimeout  time.Duration
 	probeTimeout time.Duration
 	watchPause   time.Duration
 	mountWait    time.Duration
@@ -209,9 +210,7 @@ func (r *run) customize(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := r.store.Check(ctx); err != nil && ctx.Err() == nil {
-		r.log.Warn("the store is not usable now; without it the job will fail after the shell", "error", err)
-	}
+	r.checkStore(ctx)
 	if err := r.shell(ctx, func() error { return removeStale(root, r.flags, true) }); err != nil {
 		return err
 	}
@@ -230,6 +229,17 @@ func (r *run) customize(ctx context.Context) error {
 		return err
 	}
 	return r.packaging(ctx)
+}
+
+// storeCheck bounds a check that can only warn: the user is waiting.
+const storeCheck = 10 * time.Second
+
+func (r *run) checkStore(ctx context.Context) {
+	bounded, cancel := context.WithTimeout(ctx, storeCheck)
+	defer cancel()
+	if err := r.store.Check(bounded); err != nil && ctx.Err() == nil {
+		r.log.Warn("the store is not usable now; without it the job will fail after the shell", "error", err)
+	}
 }
 
 // setUp makes the root fit for the user.

@@ -63,7 +63,7 @@ func TestProbeWithOpenSSH(t *testing.T) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	}()
-	if err := probe.login(t.Context(), 2*time.Minute); err != nil {
+	if err := probe.login(t.Context(), time.Minute, 2*time.Minute); err != nil {
 		t.Fatalf("%v\n%s", err, p.log.String())
 	}
 	if up, err := listening(p.cfg.SSHPort); err != nil || !up {

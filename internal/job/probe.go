@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
 )
@@ -27,7 +28,9 @@ import (
 const probeComment = "ims-buildenv-login-probe"
 
 const (
-	probeTimeout = 2 * time.Minute // for sshd to start and let the probe in
+	// sshdTimeout is for the container to come: its image may have to be pulled.
+	sshdTimeout  = 30 * time.Minute
+	probeTimeout = 2 * time.Minute // from then on, for sshd to let the probe in
 	probePause   = 250 * time.Millisecond
 	probeAttempt = 20 * time.Second
 )
@@ -60,9 +63,11 @@ func (p *probe) keyLine() []byte {
 	return []byte("restrict " + key + " " + probeComment + "\n")
 }
 
-// login repeats until a command has run, ctx ends or the time is over.
-func (p *probe) login(ctx context.Context, timeout time.Duration) error {
-	deadline := time.Now().Add(timeout)
+// login repeats until a command has run or ctx ends; or sshd does not listen within start, or lets nobody in within timeout
+// from then on.
+func (p *probe) login(ctx context.Context, start, timeout time.Duration) error {
+	began := time.Now()
+	var deadline time.Time // zero: nobody listens yet
 	for {
 		err := p.try(ctx)
 		if err == nil {
@@ -71,7 +76,13 @@ func (p *probe) login(ctx context.Context, timeout time.Duration) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		if time.Now().After(deadline) {
+		if now := time.Now(); deadline.IsZero() && errors.Is(err, unix.ECONNREFUSED) {
+			if now.Sub(began) > start {
+				return fmt.Errorf("no sshd listens at %s after %s; see whether the container sshd has started (kubectl describe pod)", p.addr, start)
+			}
+		} else if deadline.IsZero() {
+			deadline = now.Add(timeout)
+		} else if now.After(deadline) {
 			return fmt.Errorf("sshd at %s let nobody in for %s: %w; see the log of the container sshd", p.addr, timeout, err)
 		}
 		p.log.Debug("waiting for sshd", "error", err)

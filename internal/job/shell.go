@@ -92,7 +92,9 @@ func (r *run) open(ctx context.Context) error {
 
 // login proves that sshd works, unless the pod breaks meanwhile.
 func (r *run) login(ctx context.Context, p *probe) error {
-	return r.whileHealthy(ctx, func(ctx context.Context) error { return p.login(ctx, cmp.Or(r.deps.tune.probeTimeout, probeTimeout)) }, nil)
+	return r.whileHealthy(ctx, func(ctx context.Context) error {
+		return p.login(ctx, cmp.Or(r.deps.tune.sshdTimeout, sshdTimeout), cmp.Or(r.deps.tune.probeTimeout, probeTimeout))
+	}, nil)
 }
 
 // wait returns when sshd says that all sessions are over.

@@ -119,7 +119,7 @@ func Publish(ctx context.Context, store Store, r Request) (res Result, err error
 			r.Log.Error("objects of a failed upload could not be removed; delete them by hand", "below", store.URL(r.ImageID+"/"), "error", rerr)
 		}
 	}()
-	if err := store.AbortUploads(ctx, r.ImageID+"/"); err != nil && code(err) != "AccessDenied" && code(err) != "NotImplemented" {
+	if err := store.AbortUploads(ctx, r.ImageID+"/"); err != nil && !mayNotList(err) {
 		return Result{}, err
 	}
 	artifacts := slices.Clone(r.Artifacts)
@@ -251,17 +251,22 @@ func Remove(ctx context.Context, store Store, imageID string) error {
 		return fmt.Errorf("remove image objects: id %q is not a UUID", imageID)
 	}
 	prefix := imageID + "/"
-	errs := []error{store.AbortUploads(ctx, prefix)}
+	var errs []error
+	if err := store.AbortUploads(ctx, prefix); err != nil && !mayNotList(err) {
+		errs = append(errs, err)
+	}
 	// The known names are deleted even when the store refuses to list.
 	keys := map[string]bool{prefix + string(manifest): true}
 	for _, k := range order {
 		keys[prefix+string(k)] = true
 	}
 	found, err := store.List(ctx, prefix)
-	if err == nil {
+	switch {
+	case err == nil:
 		clear(keys)
+	case !mayNotList(err):
+		errs = append(errs, err)
 	}
-	errs = append(errs, err)
 	for _, info := range found {
 		keys[info.Key] = true
 	}
@@ -270,3 +275,7 @@ func Remove(ctx context.Context, store Store, imageID string) error {
 	}
 	return errors.Join(errs...)
 }
+
+// mayNotList reports whether the keys are good for their objects only, or the store cannot list. What was written under a
+// known name is then removed all the same, and each upload has aborted its own parts.
+func mayNotList(err error) bool { return code(err) == "AccessDenied" || code(err) == "NotImplemented" }

@@ -113,13 +113,7 @@ func pidfd() error {
 func signalOutside() error {
 	visible := pids()
 	if len(visible) == 0 {
-		for _, pid := range outsiders() {
-			if unix.Kill(pid, 0) == nil {
-				fmt.Println("may signal", pid)
-				return nil
-			}
-		}
-		return errFailed
+		return signalAs(0, outsiders())
 	}
 	for _, pid := range visible {
 		if pid != 1 && !ours(pid) && unix.Kill(pid, 0) == nil {
@@ -130,6 +124,43 @@ func signalOutside() error {
 	for sig := syscall.Signal(1); sig < 65; sig++ {
 		if sig != unix.SIGSTOP {
 			unix.Kill(1, sig)
+		}
+	}
+	return errFailed
+}
+
+// signalAs tries it as root, by thread and by pidfd, too, and as the users at the ends of the ranges of ids, one of which
+// the others may be by their real user.
+func signalAs(user int, targets []int) error {
+	for _, pid := range targets {
+		if unix.Kill(pid, 0) == nil {
+			fmt.Println("user", user, "may signal", pid)
+			return nil
+		}
+		for tid := range 4096 {
+			if unix.Tgkill(pid, tid, 0) == nil {
+				fmt.Println("user", user, "may signal thread", tid, "of", pid)
+				return nil
+			}
+		}
+		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+			if unix.PidfdSendSignal(fd, 0, nil, 0) == nil {
+				fmt.Println("user", user, "may signal", pid, "by pidfd")
+				return nil
+			}
+			unix.Close(fd)
+		}
+	}
+	if user != 0 {
+		return errFailed
+	}
+	runtime.LockOSThread() // for the rest of this attack: the thread's user changes
+	for _, id := range []int{1<<32 - 2, 1<<31 - 1, 1 << 16, 1<<16 - 1, 1<<16 - 2} {
+		for _, call := range [][4]int{{unix.SYS_SETREUID, id, 0}, {unix.SYS_SETRESUID, id, 0, 0}, {unix.SYS_SETRESUID, 0, id, 0}} {
+			_, _, errno := unix.RawSyscall(uintptr(call[0]), uintptr(call[1]), uintptr(call[2]), uintptr(call[3]))
+			if errno == 0 && signalAs(id, targets) == nil {
+				return nil
+			}
 		}
 	}
 	return errFailed
