@@ -488,10 +488,10 @@ func (ss *session) wait(proc process, stdin *os.File, tty bool) {
 		attrs = append(attrs, "err", exit.Err)
 	}
 	ss.recording.stop()
-	ss.log.Info("session ended", attrs...)
 	// The slot is free before the client can know that the channel is closed.
 	ss.c.release(ss)
 	ss.ch.Close()
+	ss.log.Info("session ended", attrs...)
 }
 
 // sendExit tells how the command ended. When that could not be observed nothing is sent:

@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/cyphar/filepath-securejoin/pathrs-lite"
 	"golang.org/x/sys/unix"
@@ -40,15 +42,15 @@ type account struct {
 
 // lookupAccount reads root's entry from the passwd, group and environment files below root. It is tolerant: what cannot
 // be read or parsed leaves the defaults, since a broken image must still be repairable through a shell.
-func lookupAccount(root *os.File) account {
+func lookupAccount(root *os.File, files *rootFiles) account {
 	a := account{name: "root", home: defaultHome, shell: defaultShell, ttyGID: -1}
-	if b, err := readInRoot(root, "/etc/passwd"); err == nil {
+	if b, err := files.read(root, "/etc/passwd"); err == nil {
 		a.parsePasswd(b)
 	}
-	if b, err := readInRoot(root, "/etc/group"); err == nil {
+	if b, err := files.read(root, "/etc/group"); err == nil {
 		a.parseGroup(b)
 	}
-	if b, err := readInRoot(root, "/etc/environment"); err == nil {
+	if b, err := files.read(root, "/etc/environment"); err == nil {
 		a.env = parseEnvironment(b)
 	}
 	return a
@@ -172,9 +174,74 @@ func (a *account) environment(defaults []string, shell, home, ttyName string, re
 	return env
 }
 
-// openInRoot resolves name with root as "/", through symlinks but never out of it, and returns an O_PATH handle.
+// openInRoot resolves name with root as "/", through symlinks but never out of it, and returns an O_PATH handle. The kernel
+// does that alone where it can; the library would have it confirm each result by way of /proc, a dozen calls for each of
+// the files that a command's start takes.
 func openInRoot(root *os.File, name string) (*os.File, error) {
-	return pathrs.OpenatInRoot(root, name)
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+	dir, err := rawFD(root)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Openat2(dir, name, &how)
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EAGAIN) { // an old kernel or filter; a rename on the way
+		return pathrs.OpenatInRoot(root, name)
+	}
+	if err != nil {
+		return nil, &os.PathError{Op: "open in image root", Path: name, Err: err}
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// rootFiles remembers files that are read again and again.
+type rootFiles struct {
+	mu    sync.Mutex
+	known map[string]rootFile
+}
+
+type rootFile struct {
+	dev, ino     uint64
+	size         int64
+	mtime, ctime unix.Timespec
+	data         []byte
+}
+
+// settled is how old a file's last change must be for its identity to vouch for its content: more than a tick of the
+// clock that stamps it.
+const settled = 2 * time.Second
+
+// read is readInRoot, for a file that has not changed without reading it.
+func (r *rootFiles) read(root *os.File, name string) ([]byte, error) {
+	h, err := openInRoot(root, name)
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	fd, err := rawFD(h)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, &os.PathError{Op: "stat", Path: name, Err: err}
+	}
+	now := rootFile{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if k, ok := r.known[name]; ok && k.dev == now.dev && k.ino == now.ino && k.size == now.size && k.mtime == now.mtime && k.ctime == now.ctime {
+		return k.data, nil
+	}
+	delete(r.known, name)
+	if now.data, err = readHandle(h, name); err != nil {
+		return nil, err
+	}
+	if time.Since(time.Unix(st.Ctim.Unix())) > settled {
+		if r.known == nil {
+			r.known = make(map[string]rootFile)
+		}
+		r.known[name] = now
+	}
+	return now.data, nil
 }
 
 // readInRoot reads a regular file of at most maxAccountFile bytes below root. Nothing but a regular file is ever
@@ -185,6 +252,10 @@ func readInRoot(root *os.File, name string) ([]byte, error) {
 		return nil, err
 	}
 	defer h.Close()
+	return readHandle(h, name)
+}
+
+func readHandle(h *os.File, name string) ([]byte, error) {
 	fi, err := h.Stat()
 	if err != nil {
 		return nil, err

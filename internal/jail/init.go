@@ -74,16 +74,18 @@ func ChildMain() {
 // supervisor is the jail's init: PID 1 of the namespaces level, a subreaper in the others. It lives outside the sessions'
 // reach: with more capabilities than they have, so they cannot trace it, and not dumpable.
 type supervisor struct {
-	conn  *conn
-	level Level
-	root  *os.File // what sessions see as "/"
-	pts   *os.File // the devpts instance that terminals come from
-	lent  *os.File // chroot: the mount namespace that root belongs to, if it is a lent one
-	self  *os.File // this program, read-only, where the sessions have a /proc to find it in
-	caps  uint64   // the bounding set of the sessions
-	dev   uint64   // of the image root
-	ino   uint64
-	env   []string
+	conn   *conn
+	level  Level
+	root   *os.File // what sessions see as "/"
+	pts    *os.File // the devpts instance that terminals come from
+	lent   *os.File // chroot: the mount namespace that root belongs to, if it is a lent one
+	self   *os.File // this program, read-only, where the sessions have a /proc to find it in
+	caps   uint64   // the bounding set of the sessions
+	dev    uint64   // of the image root
+	ino    uint64
+	env    []string
+	files  rootFiles
+	forked chan struct{} // holds one: there may be a child
 
 	// onMain hands work to the main thread, the only one whose bounding set is cut: capabilities belong to threads.
 	onMain chan func()
@@ -123,7 +125,7 @@ func initMain() error {
 
 	s := &supervisor{
 		conn: c, onMain: make(chan func()), running: make(map[int]child), pids: make(map[uint32]int),
-		hurry: make(chan struct{}), stopped: make(chan struct{}),
+		hurry: make(chan struct{}), stopped: make(chan struct{}), forked: make(chan struct{}, 1),
 	}
 	p, err := c.recv()
 	if err != nil {
@@ -137,6 +139,7 @@ func initMain() error {
 		return err
 	}
 	go s.reap(chld)
+	go s.await()
 	done := make(chan error, 1)
 	go func() { done <- s.serve() }()
 	for {
@@ -338,6 +341,20 @@ func (s *supervisor) setup(p packet) (notes []string, err error) {
 func (s *supervisor) reap(chld <-chan os.Signal) {
 	for range chld {
 		s.reapNow()
+	}
+}
+
+// await is reap without the way of a signal through the runtime, which takes a fifth of a millisecond of every command.
+func (s *supervisor) await() {
+	for range s.forked {
+		for {
+			err := unix.Waitid(unix.P_ALL, 0, nil, unix.WEXITED|unix.WNOWAIT|unix.WALL, nil)
+			if err == nil {
+				s.reapNow()
+			} else if !errors.Is(err, unix.EINTR) {
+				break // no child is left: until the next one
+			}
+		}
 	}
 }
 

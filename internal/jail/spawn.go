@@ -32,7 +32,7 @@ func (s *supervisor) spawn(id uint32, m *spawnMsg, files []*os.File) {
 			f.Close()
 		}
 	}()
-	acct := lookupAccount(s.root)
+	acct := lookupAccount(s.root, &s.files)
 	var std [3]*os.File
 	var master, slave *os.File
 	var ttyName string
@@ -105,6 +105,10 @@ func (s *supervisor) start(id uint32, fork func() (int, error), hello Greeting, 
 		switch {
 		case err == nil:
 			s.running[pid], s.pids[id] = child{id, tty}, pid
+			select {
+			case s.forked <- struct{}{}:
+			default:
+			}
 			tty = nil
 			s.answer(opStarted, id, &startedMsg{pid: uint32(pid), greeting: hello}, answers...)
 		case errors.As(err, &ee):
