@@ -20,8 +20,9 @@ func main() {
 
 	// A handler instead of "ignore": a log pipe that closes must not end the daemon, and
 	// children must not inherit an ignored SIGPIPE.
-	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	// And OpenSSH's sshd reads its configuration again on SIGHUP: nobody means to end the job by it.
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE, unix.SIGHUP)
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	code := gateway.Main(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)

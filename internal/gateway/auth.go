@@ -172,7 +172,11 @@ func userAllowed(set *sshdconf.Settings, addr netip.Addr) error {
 	}
 	matchUser := func(pat string) bool {
 		name, host, atHost := strings.Cut(pat, "@")
-		return sshdconf.MatchList(user, name) && (!atHost || sshdconf.MatchList(addr.String(), host))
+		if !sshdconf.MatchList(user, name) {
+			return false
+		}
+		ok, err := authkeys.MatchAddress(addr, host) // the error was told when the file was read
+		return !atHost || err == nil && ok
 	}
 	matchGroup := func(pat string) bool { return sshdconf.MatchList("root", pat) }
 	switch {
@@ -184,6 +188,23 @@ func userAllowed(set *sshdconf.Settings, addr netip.Addr) error {
 		return fmt.Errorf("%w: DenyGroups", errDenied)
 	case len(set.AllowGroups) > 0 && !slices.ContainsFunc(set.AllowGroups, matchGroup):
 		return fmt.Errorf("%w: not in AllowGroups", errDenied)
+	}
+	return nil
+}
+
+// checkPeers refuses addresses in the lists of users that would match nobody.
+func checkPeers(set *sshdconf.Settings) error {
+	for _, l := range []struct {
+		keyword  string
+		patterns []string
+	}{{"AllowUsers", set.AllowUsers}, {"DenyUsers", set.DenyUsers}} {
+		for _, p := range l.patterns {
+			if _, host, atHost := strings.Cut(p, "@"); atHost {
+				if _, err := authkeys.MatchAddress(netip.IPv4Unspecified(), host); err != nil {
+					return fmt.Errorf("sshd_config: %s %s: %w", l.keyword, p, err)
+				}
+			}
+		}
 	}
 	return nil
 }

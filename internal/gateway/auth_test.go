@@ -219,9 +219,19 @@ func TestKeyOptions(t *testing.T) {
 	}
 }
 
+// TestPeersOfUsers: an address that would match nobody is told when the file is read.
+func TestPeersOfUsers(t *testing.T) {
+	for _, bad := range []string{"DenyUsers root@10.0.0.0/33", "AllowUsers root@10.0.0.1/8"} {
+		if _, err := LoadSettings(Config{Options: []string{bad}, Log: quietServer().log}); err == nil || !strings.Contains(err.Error(), bad) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+}
+
 func TestConfigThatRefuses(t *testing.T) {
 	for conf, ok := range map[string]bool{
 		"DenyUsers root": false, "AllowUsers admin": false, "AllowUsers root@192.0.2.*": false, "AllowUsers root@127.*": true,
+		"DenyUsers root@127.0.0.0/8": false, "DenyUsers root@192.0.2.0/24": true, "AllowUsers root@127.0.0.0/8": true, "AllowUsers root@!127.0.0.1,*": false,
 		"PermitRootLogin forced-commands-only": false, "PermitRootLogin prohibit-password": true, "PubkeyAcceptedAlgorithms ecdsa*": false,
 	} {
 		t.Run(conf, func(t *testing.T) {

@@ -4,6 +4,8 @@ package gateway
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -180,6 +182,50 @@ func TestCustomizationScript(t *testing.T) {
 	}
 }
 
+// What the script leaves running writes nothing any more once exiting is there.
+func TestScriptLeftovers(t *testing.T) {
+	dir := t.TempDir()
+	testkit.NeedRoot(t)
+	t.Setenv("MARK", dir)
+	j := launch(t, options{change: func(c *Config) {
+		c.SSHD.CustomizationScript = filepath.Join(dir, "run_script.sh")
+		os.WriteFile(c.SSHD.CustomizationScript, []byte(`for i in 1 2; do setsid sh -c 'trap "" TERM HUP; (while :; do date +%N > $MARK/ticks; done) & wait' & done
+until [ -s $MARK/ticks ]; do sleep 0.05; done
+touch `+c.SSHD.Parent+`/complete
+`), 0o600)
+	}})
+	eventually(t, "exiting is there", func() bool { return j.exists("exiting") })
+	ticks := filepath.Join(dir, "ticks")
+	first, err := os.ReadFile(ticks)
+	if err := errors.Join(err, j.await()); err != nil {
+		t.Error(err)
+	}
+	for range 50 {
+		if b, err := os.ReadFile(ticks); err != nil || !bytes.Equal(first, b) {
+			t.Fatalf("the file changed after exiting: %q, %v", b, err)
+		}
+	}
+}
+
+// The end of the job waits a moment for a command whose client has gone, as for any other.
+func TestClientGoneAtTheEnd(t *testing.T) {
+	j := start(t, options{})
+	c := j.dial()
+	mark := filepath.Join(t.TempDir(), "mark")
+	if err := newSession(t, c).Start(fmt.Sprintf("until [ -e %[1]s.go ]; do sleep 0.01; done; touch %[2]s/complete; sleep 0.3; echo done > %[1]s", mark, j.parent)); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	eventually(t, "the connection is gone", func() bool { return len(j.status().Connections) == 0 })
+	j.write(mark+".go", "")
+	if err := j.await(); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(mark); string(b) != "done\n" {
+		t.Errorf("the command was ended: %v", err)
+	}
+}
+
 // Create jobs have a shell only after a failed build and with debugging on.
 func TestCreateJob(t *testing.T) {
 	for _, tt := range []struct {
@@ -204,34 +250,11 @@ func TestCreateJob(t *testing.T) {
 	}
 }
 
-// A remote build is passed on as bytes to the other node's SSH server.
+// A remote build ends at once, with the flag that the sidecar waits for, instead of serving the empty root.
 func TestRemoteBuild(t *testing.T) {
-	remote := start(t, options{})
-	_, port, _ := net.SplitHostPort(remote.addr)
-	j := start(t, options{change: func(c *Config) {
-		c.SSHD.RemoteBuildNode = "127.0.0.1"
-		os.WriteFile(filepath.Join(c.SSHD.Parent, "remote_port"), []byte(port+"\n"), 0o600)
-	}})
-	j.key = remote.key
-	if out, code := execute(t, j.dial(), "echo $PPID; exit 3"); out == "" || code != 3 {
-		t.Errorf("%q, %d", out, code)
-	}
-	j.flag("complete")
-	if err := j.await(); err != nil || j.flags() != "ready exiting" {
-		t.Errorf("%v, %q", err, j.flags())
-	}
-	stopped := start(t, options{change: func(c *Config) {
-		c.SSHD.RemoteBuildNode = "127.0.0.1"
-		os.WriteFile(filepath.Join(c.SSHD.Parent, "remote_port"), []byte(port+"\n"), 0o600)
-	}})
-	stopped.cancel()
-	<-stopped.ended
-	if stopped.flags() != "ready" {
-		t.Errorf("a stop is no error of the pod: %q", stopped.flags())
-	}
-	err := startError(t, options{change: func(c *Config) { c.SSHD.RemoteBuildNode = "127.0.0.1" }})
-	if err == nil || !strings.Contains(err.Error(), "remote_port") {
-		t.Errorf("without a port: %v", err)
+	err := startError(t, options{change: func(c *Config) { c.SSHD.RemoteBuildNode = "x3000c0" }})
+	if err == nil || !strings.Contains(err.Error(), "x3000c0") {
+		t.Errorf("got %v", err)
 	}
 }
 

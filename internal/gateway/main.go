@@ -154,7 +154,7 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 			return fail(stderr, 1, fmt.Errorf("log file: %w; choose another with -E", err))
 		}
 		defer file.Close()
-		out = io.MultiWriter(stderr, file)
+		out = io.MultiWriter(file, stderr) // stderr may have nobody who reads it any more
 	}
 	log := slog.New(leveled{level, config.NewLogger(out, slog.LevelDebug).Handler()})
 	if env.JobID != "" {

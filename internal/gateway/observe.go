@@ -34,8 +34,8 @@ func (g *gate) observe() error {
 	return nil
 }
 
-// abandon marks the job failed when it had no session for AbandonTimeout; the customization script counts as one. What
-// was left running in the background does not.
+// abandon marks the job failed when it had no session for AbandonTimeout; the customization script counts as one, and a
+// command whose client has gone. What was left running in the background does not.
 func (g *gate) abandon(ctx context.Context, script *script) {
 	select {
 	case <-script.done:
@@ -46,15 +46,16 @@ func (g *gate) abandon(ctx context.Context, script *script) {
 	g.srv.seen.active.Store(time.Now().UnixNano())
 	for {
 		idle := time.Duration(0)
-		if g.srv.sessions() == 0 {
+		if g.srv.sessions() == 0 && g.srv.outlived.Load() == 0 {
 			idle = time.Since(g.srv.seen.lastActivity())
 		}
 		if idle >= limit {
 			g.log.Warn("job abandoned: nobody was there, so it is marked failed", "AbandonTimeout", limit, "flag", g.flags.Path(signalfile.Failed))
-			if err := g.flags.Touch(signalfile.Failed); err != nil {
-				g.log.Error("job abandoned", "err", err)
+			err := g.flags.Touch(signalfile.Failed)
+			if err == nil {
+				return
 			}
-			return
+			g.log.Error("job abandoned; trying again", "err", err)
 		}
 		select {
 		case <-time.After(min(max(limit-idle, time.Second), time.Minute)):

@@ -127,15 +127,18 @@ func TestEnvironment(t *testing.T) {
 	ss.env = []string{"LANG=client", "LC_A=1"}
 	ss.c.srv.set.SetEnv = []string{"LANG=server", "X=set"}
 	ss.login.key.Environment = []string{"X=key", "SSH_CLIENT=forged"}
-	want := []string{"LC_A=1", "LANG=server", "X=key", "SSH_CLIENT=192.0.2.1 1024 22",
-		"SSH_CONNECTION=192.0.2.1 1024 192.0.2.2 22", "SSH_ORIGINAL_COMMAND=ls"}
-	if got := ss.environment("ls"); !reflect.DeepEqual(got, want) {
-		t.Errorf("got %q, want %q", got, want)
+	server := []string{"LANG=server", "X=set", "SSH_CLIENT=192.0.2.1 1024 22", "SSH_CONNECTION=192.0.2.1 1024 192.0.2.2 22"}
+	asked, set := ss.environment("ls")
+	if want := []string{"LANG=client", "LC_A=1", "X=key", "SSH_CLIENT=forged"}; !reflect.DeepEqual(asked, want) {
+		t.Errorf("asked for: got %q, want %q", asked, want)
+	}
+	if want := append(server, "SSH_ORIGINAL_COMMAND=ls"); !reflect.DeepEqual(set, want) {
+		t.Errorf("set: got %q, want %q", set, want)
 	}
 	ss.c.srv.set.PermitUserEnv = "no"
-	want = []string{"LC_A=1", "LANG=server", "X=set", "SSH_CLIENT=192.0.2.1 1024 22", "SSH_CONNECTION=192.0.2.1 1024 192.0.2.2 22"}
-	if got := ss.environment(""); !reflect.DeepEqual(got, want) {
-		t.Errorf("PermitUserEnvironment no: got %q, want %q", got, want)
+	asked, set = ss.environment("")
+	if want := []string{"LANG=client", "LC_A=1"}; !reflect.DeepEqual(asked, want) || !reflect.DeepEqual(set, server) {
+		t.Errorf("PermitUserEnvironment no: got %q and %q", asked, set)
 	}
 }
 

@@ -78,8 +78,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	if cfg.SSHD.RemoteBuildNode != "" {
-		flags.Jailed = false // the jail, and the flags in it, are on the other node
-		return runRemote(ctx, cfg, set, flags)
+		// Passing connections on is the least of it: the end of the work there has to be looked for, the node watched,
+		// the artifacts fetched. A job that nobody ends would wait for ever.
+		return fmt.Errorf("remote builds are not supported: this job is to be built on %s; create it without remote build nodes for its architecture", cfg.SSHD.RemoteBuildNode)
 	}
 	if err := applyChroot(set, &flags); err != nil {
 		return err
@@ -138,6 +139,12 @@ func LoadSettings(cfg Config) (*sshdconf.Settings, error) {
 	}
 	for _, k := range set.Ignored {
 		cfg.Log.Debug("sshd_config keyword without effect", "keyword", k)
+	}
+	for _, k := range set.Missed {
+		cfg.Log.Warn("sshd_config asks for what this server does not do", "keyword", k)
+	}
+	if err := checkPeers(set); err != nil {
+		return nil, err
 	}
 	if err := checkSFTP(set, cfg.Log); err != nil {
 		return nil, err
@@ -370,7 +377,6 @@ func (g *gate) closeListeners() {
 // serve waits for the end of the job and sees it through.
 func (g *gate) serve(ctx context.Context) error {
 	script := startScript(g.cfg.SSHD.CustomizationScript, g.log)
-	defer script.stop()
 	wait, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() {
@@ -396,11 +402,11 @@ func (g *gate) serve(ctx context.Context) error {
 		g.shut("the build environment is being stopped", 0)
 		_, stopErr := g.jail.Stop(context.WithoutCancel(ctx), killGrace)
 		g.closeListeners()
-		return errors.Join(fmt.Errorf("stopped before the job was marked complete or failed: %w", err), stopErr)
+		return errors.Join(fmt.Errorf("stopped before the job was marked complete or failed: %w", err), stopErr, script.stop())
 	}
 	cancel(nil)
 	abandon.Wait() // a job that is complete is not abandoned meanwhile
-	return g.finish(ctx, flag)
+	return g.finish(ctx, flag, script)
 }
 
 const (
@@ -418,7 +424,7 @@ const (
 
 // finish ends every session and tells the sidecar. After the exiting flag nothing that was
 // started here writes to the image root.
-func (g *gate) finish(ctx context.Context, flag signalfile.Name) error {
+func (g *gate) finish(ctx context.Context, flag signalfile.Name, script *script) error {
 	began := time.Now()
 	why := map[signalfile.Name]string{
 		signalfile.Complete: "The image is marked complete: the build environment is closing.",
@@ -430,7 +436,7 @@ func (g *gate) finish(ctx context.Context, flag signalfile.Name) error {
 		flag = signalfile.Failed
 	}
 	names, err := g.jail.Stop(context.WithoutCancel(ctx), killGrace)
-	if err != nil {
+	if err = errors.Join(err, script.stop()); err != nil {
 		return fmt.Errorf("stop the jail: %w: the image root may still change, so the %s flag is not made", err, signalfile.Exiting)
 	}
 	if len(names) > 0 {

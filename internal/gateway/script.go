@@ -46,10 +46,13 @@ func startScript(path string, log *slog.Logger) *script {
 		shell = "/bin/sh"
 	}
 	s.cmd = exec.Command(shell, path)
-	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: jail.AsRoot()}
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: jail.AsRoot()}
 	// A real pipe: Wait then returns when the script ends, though a background process of it
 	// may still hold the other end.
 	out, in, err := os.Pipe()
+	if err == nil {
+		err = jail.AdoptOrphans()
+	}
 	if err == nil {
 		s.cmd.Stdout, s.cmd.Stderr = in, in
 		err = s.cmd.Start()
@@ -99,10 +102,14 @@ func (s *script) wait(ctx context.Context) error {
 	}
 }
 
-// stop kills what is left of the script's process group.
-func (s *script) stop() {
-	if s.cmd != nil {
-		syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL)
+// stop kills the script and all that it left running, when the jail has ended: then nothing else is a child of ours.
+func (s *script) stop() error {
+	if s.cmd == nil {
+		return nil
+	}
+	err := jail.KillDescendants()
+	if err == nil {
 		<-s.done
 	}
+	return err
 }

@@ -35,12 +35,13 @@ type server struct {
 	last     lastLogin
 	root     string // the image root
 
-	ids    atomic.Uint64
-	mu     sync.Mutex
-	conns  map[*conn]struct{}
-	unauth []*conn // in order of arrival
-	ending string  // why nobody may log in any more; empty while open
-	ended  string  // why no session may start any more
+	ids      atomic.Uint64
+	outlived atomic.Int64 // commands that run on although their client has gone
+	mu       sync.Mutex
+	conns    map[*conn]struct{}
+	unauth   []*conn // in order of arrival
+	ending   string  // why nobody may log in any more; empty while open
+	ended    string  // why no session may start any more
 }
 
 // connKey finds the *conn in a gliderlabs context.

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -53,6 +54,8 @@ type session struct {
 	files       []*os.File // our ends; closed when the client is gone
 	pumps       []*pump
 	gone        bool // the client closed the channel
+	over        bool // the command has ended
+	outlived    bool // in that order
 }
 
 // process is a command in the jail, *jail.Process.
@@ -279,47 +282,34 @@ func (ss *session) start(kind jail.Kind, command string) (func(), error) {
 	if args, ok := sftpArguments(req.Command); ok && req.Kind == jail.Exec {
 		req.Kind, req.Command, req.TTY = jail.SFTP, args, nil
 	}
-	req.Env = ss.environment(original)
+	req.Env, req.SetEnv = ss.environment(original)
 	ss.started = true // whatever happens: a channel has one command
 	return ss.spawn(req)
 }
 
-// environment is what the session adds to the jail's own variables; a later entry of the
-// same name replaces an earlier one.
-func (ss *session) environment(original string) []string {
-	set := ss.c.srv.set
-	env := append([]string{}, ss.env...)
-	env = append(env, set.SetEnv...)
+// environment is what the session adds to the jail's own variables: what the client and its key ask for, and what the
+// server says, which is the stronger (SetEnv in sshd_config(5)).
+func (ss *session) environment(original string) (asked, set []string) {
+	conf := ss.c.srv.set
+	asked = slices.Clone(ss.env)
 	for _, e := range ss.login.key.Environment {
 		name, _, _ := strings.Cut(e, "=")
-		if p := set.PermitUserEnv; p == "" || strings.EqualFold(p, "yes") || !strings.EqualFold(p, "no") && sshdconf.MatchList(name, p) {
-			env = append(env, e)
+		if p := conf.PermitUserEnv; p == "" || strings.EqualFold(p, "yes") || !strings.EqualFold(p, "no") && sshdconf.MatchList(name, p) {
+			asked = append(asked, e)
 		}
 	}
 	peer, peerPort, _ := net.SplitHostPort(ss.c.RemoteAddr().String())
 	local, localPort, _ := net.SplitHostPort(ss.c.LocalAddr().String())
-	env = append(env,
+	set = append(slices.Clone(conf.SetEnv),
 		fmt.Sprintf("SSH_CLIENT=%s %s %s", peer, peerPort, localPort),
 		fmt.Sprintf("SSH_CONNECTION=%s %s %s %s", peer, peerPort, local, localPort))
 	if sock := ss.c.forwards.agentSocket(); sock != "" {
-		env = append(env, "SSH_AUTH_SOCK="+sock)
+		set = append(set, "SSH_AUTH_SOCK="+sock)
 	}
 	if original != "" {
-		env = append(env, "SSH_ORIGINAL_COMMAND="+original)
+		set = append(set, "SSH_ORIGINAL_COMMAND="+original)
 	}
-	last := map[string]int{}
-	for i, e := range env {
-		name, _, _ := strings.Cut(e, "=")
-		last[name] = i
-	}
-	unique := env[:0]
-	for i, e := range env {
-		name, _, _ := strings.Cut(e, "=")
-		if last[name] == i {
-			unique = append(unique, e)
-		}
-	}
-	return unique
+	return asked, set
 }
 
 func (ss *session) spawn(req jail.Request) (func(), error) {
@@ -444,6 +434,7 @@ const ptyLinger = time.Second
 func (ss *session) wait(proc process, stdin *os.File, tty bool) {
 	began := time.Now()
 	exit := proc.Wait()
+	ss.commandEnded()
 	if !tty {
 		stdin.Close()
 	}
@@ -532,7 +523,21 @@ func (ss *session) clientGone() {
 	for _, f := range ss.files {
 		f.Close()
 	}
+	if ss.proc != nil && !ss.over && len(ss.files) > 1 {
+		ss.outlived = true
+		ss.c.srv.outlived.Add(1)
+	}
 	ss.c.release(ss)
+}
+
+// commandEnded runs when the command has ended.
+func (ss *session) commandEnded() {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.over = true
+	if ss.outlived {
+		ss.c.srv.outlived.Add(-1)
+	}
 }
 
 // hangUp ends a session on a terminal from our side, with a line that says why.

@@ -20,6 +20,9 @@ func (s *server) quiesce(grace time.Duration) {
 }
 
 func (s *server) active(now time.Time) bool {
+	if s.outlived.Load() > 0 {
+		return true
+	}
 	for _, c := range s.snapshot() {
 		for _, ss := range c.sessionList() {
 			if ss.busy() {

@@ -170,7 +170,10 @@ func (ss *session) forceClose(why string) error {
 	if err := p.Signal(unix.SIGHUP); err != nil {
 		ss.log.Debug("signal", "err", err)
 	}
-	return ss.ch.Close()
+	if err := ss.ch.Close(); !errors.Is(err, io.EOF) { // its command has ended, and it with that
+		return err
+	}
+	return nil
 }
 
 // listenStatus makes the socket of a job, root's alone, in dir, root's alone. What an earlier gateway left in its place

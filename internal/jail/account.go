@@ -146,9 +146,10 @@ func defaultEnv(level Level) []string {
 }
 
 // environment builds a session's environment on the defaults: what login(1) sets on top of what the caller asks for.
-// Later entries win: request, the image's /etc/environment, the job's, and last what describes the session itself.
+// Later entries win, in the order of do_setup_env in OpenSSH's session.c, PAM with the image's /etc/environment included:
+// the client's, the image's, the server's, the job's, and last what describes the session itself.
 func (a *account) environment(defaults []string, shell, home, ttyName string, req *spawnMsg, job []string) []string {
-	pairs := slices.Concat(defaults, req.env, a.env, job, []string{
+	pairs := slices.Concat(defaults, req.env, a.env, req.setEnv, job, []string{
 		"HOME=" + home, "USER=" + a.name, "LOGNAME=" + a.name, "SHELL=" + shell, "MAIL=/var/mail/" + a.name,
 	})
 	if req.tty != nil {

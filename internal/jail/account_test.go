@@ -46,6 +46,18 @@ func TestParseEnvironment(t *testing.T) {
 	}
 }
 
+// TestEnvironmentOrder: of those who name a variable the last one wins, as under OpenSSH's sshd with PAM.
+func TestEnvironmentOrder(t *testing.T) {
+	a := account{name: "root", env: []string{"IMAGE=image", "SERVER=image", "JOB=image", "HOME=image"}}
+	req := spawnMsg{env: []string{"CLIENT=client", "IMAGE=client", "SERVER=client", "USER=client"}, setEnv: []string{"SERVER=server", "JOB=server", "SHELL=server"}}
+	got := a.environment(nil, "/bin/sh", "/root", "", &req, []string{"JOB=job", "LOGNAME=job"})
+	slices.Sort(got)
+	want := []string{"CLIENT=client", "HOME=/root", "IMAGE=image", "JOB=job", "LOGNAME=root", "MAIL=/var/mail/root", "SERVER=server", "SHELL=/bin/sh", "USER=root"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
 // FuzzAccount: whatever the image's files hold, there is a usable account.
 func FuzzAccount(f *testing.F) {
 	f.Add([]byte("root:x:0:0:root:/root:/bin/bash\n"), []byte("tty:x:5:\n"), []byte("A=b\n"))

@@ -67,7 +67,8 @@ type Config struct {
 type Request struct {
 	Kind    Kind
 	Command string   // Exec: given to the shell as it is; SFTP: arguments, see sftpserver.ParseOptions
-	Env     []string // KEY=value, weaker than Config.Env and the session's own HOME, USER, …
+	Env     []string // KEY=value, weaker than the image's /etc/environment
+	SetEnv  []string // KEY=value, stronger; weaker than Config.Env and the session's own HOME, USER, …
 	TTY     *TTY     // nil: no terminal, the three files are used; ignored for SFTP
 	// Stdin, Stdout and Stderr become the command's; nil means /dev/null. Spawn does not close them, and switches what
 	// they refer to to blocking mode. Not used with TTY.
@@ -162,7 +163,7 @@ type Process struct {
 // Spawn starts a command. A shell that the image lacks is no error of Spawn: as with sshd, the command then ends with 127
 // (or 126: not executable) and a message on its stderr.
 func (j *Jail) Spawn(req Request) (*Process, error) {
-	m := spawnMsg{kind: req.Kind, command: req.Command, env: req.Env}
+	m := spawnMsg{kind: req.Kind, command: req.Command, env: req.Env, setEnv: req.SetEnv}
 	var files []*os.File
 	if req.TTY != nil && req.Kind != SFTP {
 		m.tty = req.TTY

@@ -6,7 +6,9 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -213,6 +215,37 @@ func (h herd) ask(grace time.Duration, hurry <-chan struct{}) bool {
 			return false
 		}
 	}
+}
+
+// AdoptOrphans has all descendants of the calling process stay its descendants, whoever of them ends.
+func AdoptOrphans() error {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("become subreaper: %w", err)
+	}
+	return nil
+}
+
+// KillDescendants kills all descendants of the calling process, after AdoptOrphans, but those in its own session. An error
+// names what SIGKILL does not end.
+func KillDescendants() error {
+	self := os.Getpid()
+	session, err := unix.Getsid(0)
+	if err != nil {
+		return err
+	}
+	_, left := herd{
+		list: func() ([]procInfo, error) {
+			all, err := processes()
+			ours := slices.DeleteFunc(descendants(all, self), func(p procInfo) bool { return p.session == session })
+			return living(ours, self), err
+		},
+		strike: func() { killDescendants(self) },
+		gone:   func() bool { return true },
+	}.end(0, nil)
+	if len(left) > 0 {
+		return fmt.Errorf("processes that SIGKILL does not end: %s", strings.Join(left, ", "))
+	}
+	return nil
 }
 
 // killDescendants kills what it finds of self's descendants, except those in self's own session. A process that forks and

@@ -259,6 +259,7 @@ type spawnMsg struct {
 	kind    Kind
 	command string
 	env     []string
+	setEnv  []string
 	stdio   uint32
 	tty     *TTY
 }
@@ -267,6 +268,7 @@ func (m *spawnMsg) encode(e *encoder) {
 	e.num(uint64(m.kind))
 	e.str(m.command)
 	e.list(m.env)
+	e.list(m.setEnv)
 	e.num(uint64(m.stdio))
 	e.flag(m.tty != nil)
 	if m.tty == nil {
@@ -289,7 +291,7 @@ func (m *spawnMsg) decode(b []byte) error {
 	if d.err == nil && (k < uint64(Shell) || k > uint64(kindSockets)) {
 		return fmt.Errorf("%w: kind %d", errMalformed, k)
 	}
-	*m = spawnMsg{kind: Kind(k), command: d.str(), env: d.list(), stdio: d.num32()}
+	*m = spawnMsg{kind: Kind(k), command: d.str(), env: d.list(), setEnv: d.list(), stdio: d.num32()}
 	if d.err == nil && m.stdio > hasStdin|hasStdout|hasStderr {
 		return fmt.Errorf("%w: stdio %d", errMalformed, m.stdio)
 	}

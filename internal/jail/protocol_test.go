@@ -19,7 +19,7 @@ func messages() []message {
 		&setupMsg{level: Chroot, root: "/mnt/image/image-root", dev: 1 << 40, ino: 2, legacy: true, noNodes: true, attach: true, env: []string{"A=b", ""}},
 		&readyMsg{caps: 1<<41 - 1, notes: []string{"n"}},
 		&failedMsg{text: "no"},
-		&spawnMsg{kind: Exec, command: "echo \xff\x00", env: []string{"X=1"}, stdio: 7},
+		&spawnMsg{kind: Exec, command: "echo \xff\x00", env: []string{"X=1"}, setEnv: []string{"Y=2"}, stdio: 7},
 		&spawnMsg{kind: Shell, tty: &TTY{Term: "xterm", Cols: 1, Rows: 2, XPixel: 3, YPixel: 1<<32 - 1, Modes: map[uint8]uint32{1: 3, 129: 38400}}},
 		&startedMsg{pid: 1 << 22, greeting: Greeting{Motd: "Welcome.\n", Hushed: true}},
 		&exitedMsg{code: 255, signal: 11, core: true},

@@ -248,8 +248,8 @@ func (j *Jail) fork(socket, stderr *os.File, namespaces uintptr) error {
 	attr.Files[0], attr.Files[1] = null, null
 	if j.level != Namespaces {
 		// Should somebody kill init, its children come here, where Stop finds them.
-		if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-			return fmt.Errorf("become subreaper: %w", err)
+		if err := AdoptOrphans(); err != nil {
+			return err
 		}
 	}
 	if j.level == Chroot {

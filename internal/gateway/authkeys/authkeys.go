@@ -199,7 +199,7 @@ func (k *Key) value(name, v string) error {
 		if v == "" {
 			return errors.New("from= with an empty list")
 		}
-		if _, err := matchAddress(netip.IPv4Unspecified(), v); err != nil {
+		if _, err := MatchAddress(netip.IPv4Unspecified(), v); err != nil {
 			return fmt.Errorf("option from: %w", err)
 		}
 		k.From = v
@@ -295,15 +295,16 @@ func (k *Key) Admits(addr netip.Addr, now time.Time) error {
 	if k.From == "" {
 		return nil
 	}
-	if ok, err := matchAddress(addr, k.From); err != nil || !ok {
+	if ok, err := MatchAddress(addr, k.From); err != nil || !ok {
 		return fmt.Errorf("%s line %d: from= does not permit %s", k.File, k.Line, addr)
 	}
 	return nil
 }
 
-// matchAddress is match_host_and_ip of match.c without names, which sshd does not look up
-// either unless UseDNS is set: CIDR blocks and patterns on the address.
-func matchAddress(addr netip.Addr, list string) (bool, error) {
+// MatchAddress is match_host_and_ip of match.c without names, which sshd does not look up
+// either unless UseDNS is set: a list of CIDR blocks and patterns on the address, ! before
+// those that must not match. A list that cannot be understood is an error.
+func MatchAddress(addr netip.Addr, list string) (bool, error) {
 	addr = addr.Unmap().WithZone("")
 	found := false
 	for p := range strings.SplitSeq(list, ",") {

@@ -83,8 +83,9 @@ type Settings struct {
 	RecordDirectory string // path; empty: no recordings
 	AbandonTimeout  time.Duration
 
-	// Ignored are the keywords that were understood and have no effect here.
-	Ignored []string
+	// Ignored are the keywords that were understood and have no effect here; Missed those of
+	// them that ask for something that this server does not do.
+	Ignored, Missed []string
 }
 
 func defaults() *Settings {
@@ -116,7 +117,9 @@ func defaults() *Settings {
 type keyword struct {
 	list  bool // several directives add up
 	match bool // may stand in a Match block
-	parse func(args []string) (func(*Settings), error)
+	// missed: without parse, and not to be passed over in silence unless it says no or none
+	missed bool
+	parse  func(args []string) (func(*Settings), error)
 }
 
 var errArgs = errors.New("extra arguments at end of line")
@@ -364,17 +367,17 @@ var keywords = map[string]keyword{
 	"include": {match: true},
 
 	// Without effect here. True: allowed in a Match block (SSHCFG_ALL in servconf.c).
-	"authorizedkeyscommand":           {match: true},
+	"authorizedkeyscommand":           {match: true, missed: true},
 	"authorizedkeyscommanduser":       {match: true},
 	"authorizedprincipalscommanduser": {match: true},
-	"challengeresponseauthentication": {match: true},
-	"channeltimeout":                  {match: true},
+	"challengeresponseauthentication": {match: true, missed: true},
+	"channeltimeout":                  {match: true, missed: true},
 	"checkmail":                       {},
 	"compression":                     {},
 	"dsaauthentication":               {},
-	"exposeauthinfo":                  {match: true},
+	"exposeauthinfo":                  {match: true, missed: true},
 	"fingerprinthash":                 {},
-	"gssapiauthentication":            {match: true},
+	"gssapiauthentication":            {match: true, missed: true},
 	"gssapicleanupcredentials":        {},
 	"gssapienablek5users":             {match: true},
 	"gssapikeyexchange":               {},
@@ -382,31 +385,31 @@ var keywords = map[string]keyword{
 	"gssapistrictacceptorcheck":       {},
 	"hostbasedacceptedalgorithms":     {match: true},
 	"hostbasedacceptedkeytypes":       {match: true},
-	"hostbasedauthentication":         {match: true},
+	"hostbasedauthentication":         {match: true, missed: true},
 	"hostbasedusesnamefrompacketonly": {match: true},
-	"hostkeyagent":                    {},
-	"hostkeyalgorithms":               {},
+	"hostkeyagent":                    {missed: true},
+	"hostkeyalgorithms":               {missed: true},
 	"ignorerhosts":                    {match: true},
 	"ignoreuserknownhosts":            {},
 	"ipqos":                           {match: true},
-	"kbdinteractiveauthentication":    {match: true},
-	"kerberosauthentication":          {match: true},
+	"kbdinteractiveauthentication":    {match: true, missed: true},
+	"kerberosauthentication":          {match: true, missed: true},
 	"kerberosgetafstoken":             {},
 	"kerberosorlocalpasswd":           {},
 	"kerberosticketcleanup":           {},
 	"keyregenerationinterval":         {},
 	"logverbose":                      {match: true},
 	"modulifile":                      {},
-	"passwordauthentication":          {match: true},
+	"passwordauthentication":          {match: true, missed: true},
 	"permitemptypasswords":            {match: true},
 	"permituserrc":                    {match: true},
-	"persourcemaxstartups":            {},
+	"persourcemaxstartups":            {missed: true},
 	"persourcenetblocksize":           {},
-	"persourcepenalties":              {},
+	"persourcepenalties":              {missed: true},
 	"persourcepenaltyexemptlist":      {},
 	"pidfile":                         {},
 	"protocol":                        {},
-	"rdomain":                         {match: true},
+	"rdomain":                         {match: true, missed: true},
 	"rhostsrsaauthentication":         {match: true},
 	"rsaauthentication":               {},
 	"securitykeyprovider":             {},
@@ -417,7 +420,7 @@ var keywords = map[string]keyword{
 	"sshdsessionpath":                 {},
 	"strictmodes":                     {},
 	"syslogfacility":                  {},
-	"unusedconnectiontimeout":         {match: true},
+	"unusedconnectiontimeout":         {match: true, missed: true},
 	"usedns":                          {},
 	"uselogin":                        {},
 	"usepam":                          {},
@@ -425,7 +428,7 @@ var keywords = map[string]keyword{
 	"verifyreversemapping":            {},
 	"versionaddendum":                 {},
 	"x11displayoffset":                {match: true},
-	"x11forwarding":                   {match: true},
+	"x11forwarding":                   {match: true, missed: true},
 	"x11uselocalhost":                 {match: true},
 	"xauthlocation":                   {},
 }

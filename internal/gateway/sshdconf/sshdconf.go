@@ -7,7 +7,7 @@
 //
 // It refuses, with file, line and keyword, what sshd refuses too: an unknown keyword, a
 // bad value, extra arguments, unbalanced quotes. A keyword of OpenSSH that has no meaning
-// for this server is accepted and reported in [Settings.Ignored]. Of Match it evaluates
+// for this server is accepted and reported in [Settings.Ignored] or [Settings.Missed]. Of Match it evaluates
 // all, user and group, because the only user is root; a block that depends on the peer or
 // the port is refused rather than half honoured.
 package sshdconf
@@ -97,6 +97,7 @@ func Parse(name string, text []byte) (*Settings, error) {
 type parser struct {
 	directives []directive
 	ignored    []string
+	missed     []string
 	scope      scope // outside Match
 	inMatch    bool  // below a Match line
 	active     bool  // and its criteria hold
@@ -180,7 +181,10 @@ func (p *parser) line(file string, n int, l string) error {
 		return fail(fmt.Errorf("directive %s is not allowed within a Match block", word))
 	}
 	if kw.parse == nil {
-		if p.active {
+		switch v := strings.ToLower(args[0]); {
+		case p.active && kw.missed && v != "no" && v != "none":
+			p.missed = append(p.missed, word)
+		case p.active:
 			p.ignored = append(p.ignored, word)
 		}
 		return nil
@@ -234,7 +238,7 @@ func (p *parser) settings() *Settings {
 		seen[d.name] = d.scope
 		d.set(s)
 	}
-	s.Ignored = p.ignored
+	s.Ignored, s.Missed = p.ignored, p.missed
 	return s
 }
 

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -42,6 +43,14 @@ func TestLegacyFile(t *testing.T) {
 	want.Ignored = []string{"PasswordAuthentication", "ChallengeResponseAuthentication"}
 	if !reflect.DeepEqual(s, want) {
 		t.Errorf("got  %+v\nwant %+v", s, want)
+	}
+}
+
+// TestMissed: what asks for something that is not done is told apart from what asks for nothing.
+func TestMissed(t *testing.T) {
+	s, err := Parse("sshd_config", []byte("X11Forwarding yes\nPasswordAuthentication no\nAuthorizedKeysCommand none\nHostKeyAlgorithms ssh-rsa\nUsePAM yes\n"))
+	if err != nil || !slices.Equal(s.Missed, []string{"X11Forwarding", "HostKeyAlgorithms"}) || len(s.Ignored) != 3 {
+		t.Errorf("missed %q, ignored %q, %v", s.Missed, s.Ignored, err)
 	}
 }
 
