@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
+	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
@@ -272,7 +273,7 @@ func TestLastStatus(t *testing.T) {
 	if exit := p.run(t.Context()); exit != 1 {
 		t.Errorf("exit %d", exit)
 	}
-	if _, err := os.Stat(filepath.Join(p.cfg.Parent, stateName)); err != nil {
+	if _, err := os.Stat(filepath.Join(p.cfg.Parent, layout.State)); err != nil {
 		t.Errorf("no state for another run: %v", err)
 	}
 	document := p.stdout.String()

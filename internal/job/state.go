@@ -16,10 +16,8 @@ import (
 	"github.com/google/renameio/v2"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/imageroot"
+	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 )
-
-// stateName is the state file in the image root's parent.
-const stateName = ".ims-buildenv-state"
 
 // phase is how far a job came.
 type phase string
@@ -68,7 +66,7 @@ func (r *run) loadState() (state, error) {
 		return fresh, err
 	}
 	defer parent.Close()
-	f, err := parent.OpenRegular(stateName)
+	f, err := parent.OpenRegular(layout.State)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fresh, nil
 	}
@@ -83,13 +81,13 @@ func (r *run) loadState() (state, error) {
 	var file sealed
 	var s state
 	if err := json.Unmarshal(b, &file); err != nil || !hmac.Equal(file.MAC, r.mac(file.State)) {
-		return fresh, fmt.Errorf("%s was not written by this job's sidecar", stateName)
+		return fresh, fmt.Errorf("%s was not written by this job's sidecar", layout.State)
 	}
 	if err := json.Unmarshal(file.State, &s); err != nil {
 		return fresh, err
 	}
 	if s.JobID != r.cfg.JobID {
-		return fresh, fmt.Errorf("%s belongs to job %s, whose volume this was", stateName, s.JobID)
+		return fresh, fmt.Errorf("%s belongs to job %s, whose volume this was", layout.State, s.JobID)
 	}
 	return s, nil
 }
@@ -103,7 +101,7 @@ func (r *run) saveState() {
 		b, err = json.Marshal(sealed{State: b, MAC: r.mac(b)})
 	}
 	if err == nil {
-		err = renameio.WriteFile(filepath.Join(r.cfg.Parent, stateName), b, 0o600)
+		err = renameio.WriteFile(filepath.Join(r.cfg.Parent, layout.State), b, 0o600)
 	}
 	if err != nil {
 		r.log.Warn("the job's state cannot be saved; a restarted sidecar would not know how far it came", "error", err)
@@ -112,7 +110,7 @@ func (r *run) saveState() {
 
 // dropState forgets the job after its final status is set.
 func (r *run) dropState() {
-	if err := os.Remove(filepath.Join(r.cfg.Parent, stateName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(filepath.Join(r.cfg.Parent, layout.State)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		r.log.Debug("state file", "error", err)
 	}
 }

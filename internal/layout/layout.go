@@ -36,14 +36,28 @@ const (
 	Work  = ".image-root.work"  // layered: overlayfs's own
 	Edit  = ".image-root.edit"  // layered: files of the sidecar on their way to Upper
 
+	State = ".ims-buildenv-state" // how far the sidecar came, see package job
+
 	recordFile  = ".image.sqsh.json"      // the Record
 	promiseFile = ".image-root.mountable" // layered: sshd's word
 	probeDir    = ".image-root.probe"     // of Probe, while it runs
 )
 
-// Names returns all names this package gives meaning to, for cleaning up.
+// Names returns all names this package gives meaning to, for cleaning up. State is not among them: it may name what is to
+// be taken back in IMS and S3.
 func Names() []string {
 	return []string{Image, Index, Upper, Work, Edit, recordFile, promiseFile, probeDir}
+}
+
+// Started reports whether the sidecar of this job has begun on the volume. Its seal is not looked at: who can forge the
+// file has the root anyway.
+func Started(parent, job string) bool {
+	var file struct {
+		State struct {
+			JobID string `json:"job_id"`
+		} `json:"state"`
+	}
+	return readJSON(parent, State, &file) == nil && job != "" && file.State.JobID == job
 }
 
 // Kind is a way to lay a root out.

@@ -131,6 +131,10 @@ func (r *run) prepare(ctx context.Context, rawURL string) error {
 	if err := r.openVolume(); err != nil {
 		return err
 	}
+	if layout.Started(r.cfg.Parent, r.cfg.JobID) {
+		r.log.Warn("an earlier pod of this job prepared this volume, and its user may have been at work: leaving it as it is")
+		return nil
+	}
 	if err := r.discard("removing what an earlier run left on the volume"); err != nil {
 		return err
 	}

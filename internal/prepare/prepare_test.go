@@ -180,6 +180,37 @@ func TestPrepareAgain(t *testing.T) {
 	}
 }
 
+// TestPrepareStarted: a pod that is made again on a volume where the user has been at work takes nothing away from them;
+// another job's work is removed.
+func TestPrepareStarted(t *testing.T) {
+	dir, image := makeImage(t, imageLines...)
+	j := newJob(t, image)
+	if err := os.Mkdir(j.cfg.Parent, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	tree.Make(t, j.cfg.Parent, "file image-root/work 0644 user's", `file .ims-buildenv-state 0600 {"state":{"job_id":"`+j.cfg.JobID+`","phase":"shell"},"mac":""}`)
+	before, err := tree.Take(j.cfg.Parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := j.run(t, t.Context(), newS3(t, image).link()); err != nil {
+		t.Fatal(err)
+	}
+	after, err := tree.Take(j.cfg.Parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := before.Diff(after); len(d) > 0 {
+		t.Errorf("changed: %q", d)
+	}
+	j.cfg.JobID = "99999999-2222-3333-4444-555555555555"
+	s := newS3(t, image, serve(`"one"`))
+	if err := j.run(t, t.Context(), s.link()); err != nil {
+		t.Fatal(err)
+	}
+	tree.Equal(t, dir, filepath.Join(j.cfg.Parent, "image-root"), tree.Seconds)
+}
+
 // TestPrepareFails: each failure ends in status `error`, said after the
 // volume was emptied, and in words that name the next step.
 func TestPrepareFails(t *testing.T) {
