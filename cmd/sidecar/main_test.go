@@ -4,7 +4,9 @@ package main
 
 import (
 	"errors"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"testing"
 
@@ -42,6 +44,21 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if strconv.Itoa(code) != args[0] {
 		ts.Fatalf("exit code %d, want %s", code, args[0])
 	}
+}
+
+// A score that protects the program is given up, one that does not is kept.
+func TestGiveUpImmunity(t *testing.T) {
+	for was, want := range map[string]string{"-1000\n": "0", "-1\n": "0", "0\n": "0\n", "500\n": "500\n"} {
+		file := filepath.Join(t.TempDir(), "oom_score_adj")
+		if err := os.WriteFile(file, []byte(was), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		giveUpImmunity(file)
+		if b, err := os.ReadFile(file); err != nil || string(b) != want {
+			t.Errorf("%q became %q, %v", was, b, err)
+		}
+	}
+	giveUpImmunity(filepath.Join(t.TempDir(), "none"))
 }
 
 func TestParseBlockSize(t *testing.T) {

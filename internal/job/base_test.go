@@ -125,6 +125,30 @@ func TestBase(t *testing.T) {
 	}
 }
 
+// On a node with SELinux every file has a label; an image that had none gets none. One that had some keeps them.
+func TestNodeLabels(t *testing.T) {
+	for name, lines := range map[string][]string{"none": nil, "some": {"xattr boot/vmlinuz security.selinux=image"}} {
+		t.Run(name, func(t *testing.T) {
+			p := newPod(t, lines...)
+			p.prepare()
+			p.user = func() {
+				tree.Make(t, p.cfg.RootDir, "file etc/new", "xattr etc/new security.selinux=node", "xattr etc/new user.mine=1")
+				if err := p.flags().Touch(signalfile.Complete); err != nil {
+					t.Error(err)
+				}
+			}
+			p.check(p.run(t.Context()), success)
+			label := func(name string) bool { return name == "security.selinux" }
+			if has, err := p.open().HasXattr(label); err != nil || has != (lines != nil) {
+				t.Errorf("labels in the new image: %t, %v", has, err)
+			}
+			if told := strings.Contains(p.log.String(), "labels of the node's SELinux are left out"); told != (lines == nil) {
+				t.Errorf("told of it: %t", told)
+			}
+		})
+	}
+}
+
 // The store copies what it has of the new image, its kernel and its initrd: what
 // goes over the network follows the change.
 func TestBaseUpload(t *testing.T) {

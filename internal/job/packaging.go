@@ -120,6 +120,8 @@ func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.
 	dir := squash.DirOptions{OneFileSystem: true}
 	if base != nil {
 		opt.Base, dir.Index = &squash.Base{Image: base.image}, base.index
+		dir.DropXattr = r.foreign(base.image)
+		r.warnOfHidden(base.image)
 	}
 	src, err := root.Source(dir)
 	if err != nil {

@@ -27,6 +27,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
@@ -202,6 +203,18 @@ func (r *run) layOut(ctx context.Context, src *source) error {
 	return nil
 }
 
+// uncopyable is an error for images with attributes that the sidecar, which has no CAP_SYS_ADMIN, could not copy to the upper
+// layer with a file that it edits (xattr(7)).
+func uncopyable(img *squash.Image) error {
+	has, err := img.HasXattr(func(name string) bool {
+		return strings.HasPrefix(name, "trusted.") || strings.HasPrefix(name, "security.") && name != "security.capability"
+	})
+	if err == nil && has {
+		err = errors.New("the image has extended attributes that the sidecar may not write (trusted.* or security.*)")
+	}
+	return err
+}
+
 // chooseLayout decides, and lays out what is layered.
 func (r *run) chooseLayout(img *squash.Image) error {
 	r.record.Layout = layout.Unpacked
@@ -213,7 +226,10 @@ func (r *run) chooseLayout(img *squash.Image) error {
 		r.record.Why = "the container sshd may not mount: the job was created without require_dkms"
 		return nil
 	}
-	err := layers.LayOut(img, r.cfg.Parent, r.cfg.ImageRoot())
+	err := uncopyable(img)
+	if err == nil {
+		err = layers.LayOut(img, r.cfg.Parent, r.cfg.ImageRoot())
+	}
 	if err == nil {
 		err = layout.Probe(r.cfg.Parent, r.cfg.ImageRoot())
 	}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/ims-buildenv/ims-buildenv/internal/config"
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
+	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
 	"golang.org/x/sys/unix"
@@ -209,6 +210,22 @@ func TestPrepareStarted(t *testing.T) {
 		t.Fatal(err)
 	}
 	tree.Equal(t, dir, filepath.Join(j.cfg.Parent, "image-root"), tree.Seconds)
+}
+
+// TestPrepareUncopyable: attributes that the unprivileged sidecar could not copy up keep an image from being layered.
+func TestPrepareUncopyable(t *testing.T) {
+	for _, attribute := range []string{"security.selinux=label", "trusted.x=1"} {
+		_, image := makeImage(t, append(imageLines, "xattr etc/passwd "+attribute)...)
+		j := newJob(t, image)
+		j.cfg.Layout, j.cfg.DKMS = config.LayoutAuto, true
+		if err := j.run(t, t.Context(), newS3(t, image, serve(`"one"`)).link()); err != nil {
+			t.Fatal(err)
+		}
+		record, err := layout.Read(j.cfg.Parent)
+		if err != nil || record.Layout != layout.Unpacked || !strings.Contains(record.Why, "attributes") {
+			t.Errorf("%s: %+v, %v", attribute, record, err)
+		}
+	}
 }
 
 // TestPrepareFails: each failure ends in status `error`, said after the

@@ -26,6 +26,8 @@ type DirOptions struct {
 	// Exclude, if set, is asked for each path relative to the root. A path it
 	// returns true for is left out, with everything below it.
 	Exclude func(path string) bool
+	// DropXattr, if set, is asked for the name of each extended attribute. One that it returns true for is left out.
+	DropXattr func(name string) bool
 	// Index, if set, is of the image that was unpacked to this directory. Files
 	// it knows to be untouched are not read.
 	Index *Index
@@ -209,7 +211,7 @@ func (s *dirSource) fill(e *Entry, dirFD int, name string, st *unix.Statx_t) err
 	case unix.S_IFBLK, unix.S_IFCHR:
 		e.Major, e.Minor = st.Rdev_major, st.Rdev_minor
 	}
-	e.Xattrs, err = readXattrs(dirFD, name)
+	e.Xattrs, err = readXattrs(dirFD, name, s.opt.DropXattr)
 	if err != nil {
 		return vanished("read extended attributes", e.Path, err)
 	}
@@ -263,7 +265,7 @@ func procPath(fd int, name string) string {
 	return "/proc/self/fd/" + strconv.Itoa(fd) + "/" + name
 }
 
-func readXattrs(dirFD int, name string) ([]Xattr, error) {
+func readXattrs(dirFD int, name string, drop func(string) bool) ([]Xattr, error) {
 	p := procPath(dirFD, name)
 	list, err := growing(func(buf []byte) (int, error) { return unix.Llistxattr(p, buf) })
 	if errors.Is(err, unix.ENOTSUP) || len(list) == 0 && err == nil {
@@ -275,7 +277,7 @@ func readXattrs(dirFD int, name string) ([]Xattr, error) {
 	var xattrs []Xattr
 	for raw := range bytes.SplitSeq(bytes.TrimSuffix(list, []byte{0}), []byte{0}) {
 		key := string(raw)
-		if isOverlayXattr(key) {
+		if isOverlayXattr(key) || drop != nil && drop(key) {
 			continue
 		}
 		value, err := growing(func(buf []byte) (int, error) { return unix.Lgetxattr(p, key, buf) })

@@ -315,6 +315,27 @@ func TestOtherMount(t *testing.T) {
 	}
 }
 
+// Attributes that the caller does not want are left out, and can be asked for.
+func TestDropXattr(t *testing.T) {
+	testkit.NeedRoot(t)
+	dir := t.TempDir()
+	treekit.Make(t, dir, "file a", "file b", "xattr a security.selinux=label", "xattr a user.mine=1", "xattr b user.mine=2")
+	label := func(name string) bool { return name == "security.selinux" }
+	for _, drop := range []func(string) bool{nil, label} {
+		out, _ := packMem(t, dirSourceOf(t, dir, DirOptions{DropXattr: drop}), Options{})
+		img := out.image(t)
+		if has, err := img.HasXattr(label); err != nil || has != (drop == nil) {
+			t.Errorf("label: %t, %v", has, err)
+		}
+		if has, err := img.HasXattr(func(name string) bool { return name == "user.mine" }); err != nil || !has {
+			t.Errorf("user's: %t, %v", has, err)
+		}
+		if has, err := img.HasXattr(func(name string) bool { return name == "user.other" }); err != nil || has {
+			t.Errorf("nobody's: %t, %v", has, err)
+		}
+	}
+}
+
 // What overlayfs keeps in its layers is not the image's.
 func TestDirSourceOverlay(t *testing.T) {
 	testkit.NeedRoot(t)

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -28,6 +29,24 @@ func (img *Image) Xattrs(ino *Inode) ([]Xattr, error) {
 		return nil, fmt.Errorf("extended attributes of inode %d: %w", ino.Number, err)
 	}
 	return list, nil
+}
+
+// HasXattr reports whether some inode of this image has an extended attribute whose name matches. It decodes each
+// distinct set of attributes once.
+func (img *Image) HasXattr(match func(name string) bool) (bool, error) {
+	if img.xattrIDs == nil {
+		return false, nil
+	}
+	for i := range img.xattrIDs.count {
+		list, err := img.xattrsAt(uint64(i))
+		if err != nil {
+			return false, fmt.Errorf("extended attributes %d: %w", i, err)
+		}
+		if slices.ContainsFunc(list, func(x Xattr) bool { return match(x.Name) }) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // xattrsAt returns the attributes of an entry of the xattr id table.
