@@ -108,6 +108,22 @@ type OAuth struct {
 	Endpoint     string // token URL
 	ClientID     string
 	ClientSecret Secret
+
+	idFile, secretFile string // where the two come from; empty: the environment
+}
+
+// Reread returns the id and the secret as their files say now: a mounted secret is replaced while a job waits for its user.
+func (o OAuth) Reread() (id, secret string) {
+	id, secret = o.ClientID, o.ClientSecret.Reveal()
+	for file, to := range map[string]*string{o.idFile: &id, o.secretFile: &secret} {
+		if file == "" {
+			continue
+		}
+		if b, err := os.ReadFile(file); err == nil {
+			*to = strings.TrimSpace(string(b))
+		}
+	}
+	return id, secret
 }
 
 // Configured reports whether a token can be asked for.

@@ -273,6 +273,12 @@ func TestOAuth(t *testing.T) {
 	if err != nil || cfg.OAuth.Endpoint != "http://file/token" || cfg.OAuth.ClientID != "other" {
 		t.Errorf("override: %+v %v", cfg.OAuth, err)
 	}
+	if err := os.WriteFile(filepath.Join(dir, "client-secret"), []byte("rotated\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if id, secret := cfg.OAuth.Reread(); id != "other" || secret != "rotated" {
+		t.Errorf("read again: %q and a secret of %d bytes", id, len(secret))
+	}
 	if err := os.Remove(filepath.Join(dir, "client-secret")); err != nil {
 		t.Fatal(err)
 	}

@@ -234,26 +234,26 @@ func (r *reader) oauth() OAuth {
 		dir, given = DefaultOAuthDir, false
 	}
 	var absent []string
-	value := func(variable, file string) string {
+	value := func(variable, file string) (v, path string) {
 		if v := r.text(variable, ""); v != "" {
-			return v
+			return v, ""
 		}
-		path := filepath.Join(dir, file)
+		path = filepath.Join(dir, file)
 		data, err := os.ReadFile(path)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			r.problem("OAUTH_CONFIG_DIR", err.Error()+": make the file readable")
 		}
-		v := strings.TrimSpace(string(data))
-		if v == "" {
+		if v = strings.TrimSpace(string(data)); v == "" {
 			absent = append(absent, fmt.Sprintf("%s (or %s)", path, variable))
 		}
-		return v
+		return v, path
 	}
-	o := OAuth{
-		Endpoint:     value("OAUTH_CLIENT_ENDPOINT", "endpoint"),
-		ClientID:     value("OAUTH_CLIENT_ID", "client-id"),
-		ClientSecret: NewSecret(value("OAUTH_CLIENT_SECRET", "client-secret")),
-	}
+	var o OAuth
+	var secret string
+	o.Endpoint, _ = value("OAUTH_CLIENT_ENDPOINT", "endpoint")
+	o.ClientID, o.idFile = value("OAUTH_CLIENT_ID", "client-id")
+	secret, o.secretFile = value("OAUTH_CLIENT_SECRET", "client-secret")
+	o.ClientSecret = NewSecret(secret)
 	switch {
 	case len(absent) == 3 && !given:
 		r.warn("no OAuth2 credentials in %s: talking to IMS without a token", dir)

@@ -296,6 +296,26 @@ func TestTokenRefused(t *testing.T) {
 	wantNoSecrets(t, log.String()+err.Error())
 }
 
+// A secret that was replaced during the user's days at work is read again.
+func TestTokenRenewed(t *testing.T) {
+	secret, asked := "wrong", 0
+	s, c, _ := newService(t, func(c *Config) {
+		oauth(c)
+		c.OAuth.ClientSecret = secret
+		c.OAuth.Reread = func() (string, string) { asked++; return "client", secret }
+	})
+	if _, err := c.Job(t.Context(), jobID); err == nil {
+		t.Fatal("a wrong secret let us in")
+	}
+	secret = "hush-hush"
+	if _, err := c.Job(t.Context(), jobID); err != nil || len(s.requests) != 1 {
+		t.Errorf("%v, %q", err, s.requests)
+	}
+	if _, err := c.Job(t.Context(), jobID); err != nil || asked != 2 {
+		t.Errorf("%v, read %d times", err, asked)
+	}
+}
+
 func TestTokenEndpointDown(t *testing.T) {
 	_, c, log := newService(t, func(c *Config) {
 		oauth(c)

@@ -20,14 +20,18 @@ type OAuth struct {
 	Endpoint     string // token URL
 	ClientID     string
 	ClientSecret string
+
+	// Reread, if not nil, returns the id and the secret anew. It is asked when the endpoint refuses those it was given.
+	Reread func() (id, secret string)
 }
 
 // tokens hands out the current access token. Jobs wait for their user for
 // days, so a token is asked for when it is needed, never ahead; the endpoint
 // issues no refresh tokens.
 type tokens struct {
-	cfg  clientcredentials.Config
-	http *http.Client
+	cfg    clientcredentials.Config
+	reread func() (id, secret string)
+	http   *http.Client
 
 	mu  sync.Mutex
 	tok *oauth2.Token
@@ -46,7 +50,8 @@ func newTokens(o OAuth, client *http.Client) (*tokens, error) {
 			ClientID: o.ClientID, ClientSecret: o.ClientSecret, TokenURL: o.Endpoint,
 			AuthStyle: oauth2.AuthStyleInHeader,
 		},
-		http: client,
+		reread: o.Reread,
+		http:   client,
 	}, nil
 }
 
@@ -56,12 +61,29 @@ func (t *tokens) get(ctx context.Context) (*oauth2.Token, error) {
 	if t.tok.Valid() {
 		return t.tok, nil
 	}
-	tok, err := t.cfg.Token(context.WithValue(ctx, oauth2.HTTPClient, t.http))
+	ctx = context.WithValue(ctx, oauth2.HTTPClient, t.http)
+	tok, err := t.cfg.Token(ctx)
+	if err != nil && t.renewed() {
+		tok, err = t.cfg.Token(ctx)
+	}
 	if err != nil {
 		return nil, newTokenError(err)
 	}
 	t.tok = tok
 	return tok, nil
+}
+
+// renewed takes over credentials that have changed since; the caller holds mu.
+func (t *tokens) renewed() bool {
+	if t.reread == nil {
+		return false
+	}
+	id, secret := t.reread()
+	if id == "" || secret == "" || id == t.cfg.ClientID && secret == t.cfg.ClientSecret {
+		return false
+	}
+	t.cfg.ClientID, t.cfg.ClientSecret = id, secret
+	return true
 }
 
 // forget drops a token the service refused.

@@ -144,7 +144,7 @@ func newRun(cfg config.Sidecar, deps Deps) (*run, error) {
 func NewIMS(cfg config.Sidecar, log *slog.Logger) (*ims.Client, error) {
 	return ims.New(ims.Config{
 		BaseURL: cfg.IMSURL, CAFile: cfg.CACert, Timeout: cfg.Timeout, Log: log,
-		OAuth: ims.OAuth{Endpoint: cfg.OAuth.Endpoint, ClientID: cfg.OAuth.ClientID, ClientSecret: cfg.OAuth.ClientSecret.Reveal()},
+		OAuth: ims.OAuth{Endpoint: cfg.OAuth.Endpoint, ClientID: cfg.OAuth.ClientID, ClientSecret: cfg.OAuth.ClientSecret.Reveal(), Reread: cfg.OAuth.Reread},
 	})
 }
 
