@@ -5,12 +5,14 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -19,7 +21,9 @@ import (
 
 // jobs times what a user waits for, from `touch complete` to the status success,
 // and what the legacy containers do in that time: mksquashfs of the tree, its MD5
-// sum, and the upload of everything to a server of the same kind.
+// sum, and the upload of everything to a server of the same kind. Beside what is
+// sent to the store stands the least that could be: what is new in the root file
+// system, and boot files that are new.
 func jobs(ctx context.Context, bin, image, work string, w io.Writer) error {
 	dir := filepath.Join(work, "jobs")
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -29,7 +33,7 @@ func jobs(ctx context.Context, bin, image, work string, w io.Writer) error {
 		return fmt.Errorf("ssh-keygen: %w\n%s", err, out)
 	}
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(table, "job, from complete to success\tours\tlegacy sequence\tfaster\tstart to login\t\n")
+	fmt.Fprintf(table, "job, from complete to success\tours\tlegacy sequence\tfaster\tgoal\tstart to login\tMiB sent\tfloor\tof\tshare\t\n")
 	for _, c := range []struct{ name, edit string }{
 		{"nothing changed", "true"},
 		{"three packages and an initrd", `export DEBIAN_FRONTEND=noninteractive
@@ -37,7 +41,7 @@ apt-get -qq update >/dev/null; apt-get -qq install -y --no-install-recommends jq
 update-initramfs -u -k all >/dev/null 2>&1; rm -rf /var/lib/apt/lists/* /var/cache/apt/*`},
 	} {
 		j := jobBench{bin: bin, image: image, dir: dir}
-		start, ours, err := j.run(ctx, c.edit)
+		start, ours, sent, err := j.run(ctx, c.edit)
 		if err != nil {
 			return fmt.Errorf("job with %s: %w", c.name, err)
 		}
@@ -45,7 +49,9 @@ update-initramfs -u -k all >/dev/null 2>&1; rm -rf /var/lib/apt/lists/* /var/cac
 		if err != nil {
 			return fmt.Errorf("legacy sequence: %w", err)
 		}
-		fmt.Fprintf(table, "%s\t%.2fs\t%.2fs\t%.1fx\t%.2fs\t\n", c.name, ours.Seconds(), theirs.Seconds(), theirs.Seconds()/ours.Seconds(), start.Seconds())
+		const mib = 1 << 20
+		fmt.Fprintf(table, "%s\t%.2fs\t%.2fs\t%.1fx\t20.0x\t%.2fs\t%.1f\t%.1f\t%.1f\t%.1f %%\t\n", c.name, ours.Seconds(), theirs.Seconds(),
+			theirs.Seconds()/ours.Seconds(), start.Seconds(), float64(sent.sent)/mib, float64(sent.floor)/mib, float64(sent.all)/mib, 100*float64(sent.sent)/float64(sent.all))
 	}
 	return table.Flush()
 }
@@ -54,9 +60,42 @@ type jobBench struct{ bin, image, dir string }
 
 var sshPort = regexp.MustCompile(`"status":"waiting_on_user".*"ssh_port":(\d+)`)
 
+var (
+	stored = regexp.MustCompile(`msg="object stored" object=\S+/(\S+) bytes=(\d+) sent=(\d+)`)
+	reused = regexp.MustCompile(`msg="unchanged data was taken over.* new=(\d+) dead=(\d+)`)
+)
+
+// traffic is what a job had to do with the store, in bytes.
+type traffic struct{ sent, floor, all int64 }
+
+// trafficOf reads it from the log of the job's end.
+func trafficOf(log string) (t traffic, err error) {
+	number := func(s string) int64 {
+		n, nerr := strconv.ParseInt(s, 10, 64)
+		err = errors.Join(err, nerr)
+		return n
+	}
+	for _, m := range stored.FindAllStringSubmatch(log, -1) {
+		bytes, sent := number(m[2]), number(m[3])
+		t.all, t.sent = t.all+bytes, t.sent+sent
+		if m[1] == "rootfs" {
+			if r := reused.FindStringSubmatch(log); r != nil {
+				bytes = number(r[1]) - number(r[2])
+			}
+			t.floor += bytes
+		} else if sent == bytes {
+			t.floor += bytes
+		}
+	}
+	if t.all == 0 {
+		err = errors.Join(err, errors.New("the job's log does not say what it stored"))
+	}
+	return t, err
+}
+
 // run does one job and returns the times from the start to a login, and from the
 // flag to the end.
-func (j jobBench) run(ctx context.Context, edit string) (login, end time.Duration, err error) {
+func (j jobBench) run(ctx context.Context, edit string) (login, end time.Duration, sent traffic, err error) {
 	events := filepath.Join(j.dir, "events")
 	os.Remove(events)
 	var log bytes.Buffer
@@ -66,7 +105,7 @@ func (j jobBench) run(ctx context.Context, edit string) (login, end time.Duratio
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	began := time.Now()
 	if err := cmd.Start(); err != nil {
-		return 0, 0, err
+		return 0, 0, traffic{}, err
 	}
 	defer func() {
 		if err != nil { // otherwise it ends by itself
@@ -75,13 +114,17 @@ func (j jobBench) run(ctx context.Context, edit string) (login, end time.Duratio
 		if werr := cmd.Wait(); err == nil {
 			err = werr
 		}
+		if err == nil {
+			text := log.String()
+			sent, err = trafficOf(text[max(0, strings.LastIndex(text, "the shell is closed")):])
+		}
 		if err != nil {
 			err = fmt.Errorf("%w\n%s", err, log.Bytes())
 		}
 	}()
 	m, err := awaitEvent(ctx, cmd, events, sshPort)
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, traffic{}, err
 	}
 	login = time.Since(began)
 	ssh := func(script string) error {
@@ -93,16 +136,16 @@ func (j jobBench) run(ctx context.Context, edit string) (login, end time.Duratio
 		return nil
 	}
 	if err := ssh("set -e\n" + edit); err != nil {
-		return 0, 0, err
+		return 0, 0, traffic{}, err
 	}
 	flag := time.Now()
 	if err := ssh("touch /tmp/complete"); err != nil {
-		return 0, 0, err
+		return 0, 0, traffic{}, err
 	}
 	if _, err := awaitEvent(ctx, cmd, events, regexp.MustCompile(`"status":"success"`)); err != nil {
-		return 0, 0, err
+		return 0, 0, traffic{}, err
 	}
-	return login, time.Since(flag), nil
+	return login, time.Since(flag), traffic{}, nil
 }
 
 // awaitEvent waits until a line of the event file matches.

@@ -1,9 +1,10 @@
 #!/bin/bash
-# works-root.sh DIR: make the Debian root that integration/works changes through the jail, once: the base image of the demo
+# works-root.sh DIR: make the Debian root that integration/works changes through the jail, unless it is there: the base image of the demo
 # with the package managers and tools of several distributions, and small repositories of test packages in it.
 set -euo pipefail
 root=$1
-[ -e "$root/srv/done" ] && exit 0
+made_of=$(find integration/works/testdata -type f -exec sha256sum {} + | sort | sha256sum)
+[ "$(cat "$root/srv/done" 2>/dev/null)" = "$made_of" ] && exit 0
 [ "$(id -u)" = 0 ] || { echo "making a Debian root needs root" >&2; exit 1; }
 scripts/base-image.sh build/base/bookworm.squashfs
 
@@ -26,6 +27,6 @@ if ! unshare --mount --pid --fork --kill-child --propagation private bash -c "$i
     exit 1
 fi
 rm -rf "$root"
-touch "$work/srv/done"
+echo "$made_of" > "$work/srv/done"
 mv "$work" "$root"
 mv "$work.log" "$root.log"

@@ -75,8 +75,8 @@ func TestCustomize(t *testing.T) {
 			t.Parallel()
 			j := s.create(t, m.order)
 			j.wait(ims.WaitingOnUser)
-			if log := j.log("prepare"); strings.Contains(log, "layout=layered") || !strings.Contains(log, " why=") {
-				t.Errorf("the root is to be unpacked, and the log to say why:\n%s", log)
+			if log := j.log("prepare"); strings.Contains(log, "layout=layered") != m.dkms || !strings.Contains(log, " why=") {
+				t.Errorf("the root is to be layered where sshd may mount, and the log to say why:\n%s", log)
 			}
 			proven := regexp.MustCompile(`msg="jail proven".* level=(\w+)`).FindStringSubmatch(j.log("sshd"))
 			if m.level == "" && proven != nil || m.level != "" && (proven == nil || proven[1] != m.level) {

@@ -284,6 +284,7 @@ func TestDiskFullAtOnce(t *testing.T) {
 	file := packTree(t, s.world, filepath.Join(t.TempDir(), "big"), baseTree("data usr/lib/big 0644 50000000 text")...)
 	img := s.publish(t, newName(t), file)
 	p := s.newPod(t, true, volumeSmall)
+	p.env["IMS_BUILDENV_LAYOUT"] = "unpacked" // a layered one would fit
 	url, err := s.store.PresignGet(t.Context(), img.id+"/rootfs", time.Hour)
 	if err != nil {
 		t.Fatal(err)

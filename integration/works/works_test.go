@@ -46,6 +46,7 @@ var rows = []row{
 	{name: "initramfs: update-initramfs", command: kernel + "rm /boot/initrd.img-$v && update-initramfs -c -k $v && lsinitramfs /boot/initrd.img-$v | grep -c -e bin/busybox -e /modules.dep$", want: `\n[12]\n$`, not: `(?i)cannot|fail`},
 	{name: "initramfs: dracut", command: kernel + "dracut --no-hostonly --no-early-microcode --no-compress --force -m 'base kernel-modules' --drivers 'ext4 overlay squashfs' /tmp/initrd $v && lsinitrd /tmp/initrd | grep squashfs.ko", want: `squashfs\.ko`, not: `(?i)fail|cannot`},
 	{name: "modules: depmod, modinfo", command: kernel + "depmod -a $v && modinfo -k $v -F license squashfs", want: "^GPL\n$"},
+	{name: "modules: dkms", command: kernel + "dkms install works-module/1.0 -k $v && modinfo -k $v -F description works_module && dkms status", want: `built in a jail\nworks-module/1.0, .*: installed\n$`, not: `(?i)fail|error`},
 
 	{name: "users: useradd, groupadd", command: "groupadd -g 7777 crew && useradd -m -u 7777 -g crew -s /bin/bash alice && id alice", want: `^uid=7777\(alice\) gid=7777\(crew\)`},
 	{name: "users: passwd, chpasswd", command: `echo alice:secret1 | chpasswd && printf 'secret2\nsecret2\n' | passwd alice && getent shadow alice | cut -d: -f2 | cut -c 1-3`, want: `password updated successfully\n\$y\$\n$`},

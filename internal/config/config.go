@@ -256,7 +256,7 @@ func load(getenv func(string) string, needs need, args []string) (Sidecar, error
 		DownloadMD5:    r.md5("DOWNLOAD_MD5SUM"),
 		SSHPort:        r.port("SSHD_PORT", DefaultSSHPort),
 		Changes:        r.oneOf("IMS_BUILDENV_CHANGES", ChangesWrite, ChangesWrite, ChangesUpload, ChangesOff),
-		Layout:         r.oneOf("IMS_BUILDENV_LAYOUT", LayoutUnpacked, LayoutUnpacked, LayoutAuto, LayoutLayered),
+		Layout:         r.oneOf("IMS_BUILDENV_LAYOUT", LayoutAuto, LayoutAuto, LayoutUnpacked, LayoutLayered),
 		CADir:          CADir,
 		AuthorizedKeys: AuthorizedKeys,
 		ResolvConf:     ResolvConf,

@@ -114,6 +114,36 @@ func (r *run) openRoot() (*layers.Root, error) {
 	return layers.OpenUnpacked(r.cfg.RootDir)
 }
 
+// readBase reads all of the image that a layered root is on, once, so that one that is damaged is known before its user
+// has worked for long. What was unpacked has been read.
+func (r *run) readBase(ctx context.Context) error {
+	if !r.state.Layered {
+		return nil
+	}
+	root, err := r.openRoot()
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	name := layout.Image
+	if record, err := layout.Read(r.cfg.Parent); err == nil && record.URLPath != "" {
+		name = record.URLPath
+	}
+	began := time.Now()
+	err = squash.Verify(ctx, root.Base(), false)
+	switch {
+	case ctx.Err() != nil:
+		return nil
+	case errors.Is(err, squash.ErrCorrupt):
+		return fmt.Errorf("image %s is damaged: %w: customize another image, or build and upload this one again", name, err)
+	case err != nil:
+		r.log.Warn("whether the image is intact is not known", "error", err)
+	default:
+		r.log.Info("the image is intact", "ms", time.Since(began).Milliseconds())
+	}
+	return nil
+}
+
 // removeStale removes flags that are not, or no longer, the user's. With keep the
 // way to where they lie stays in the upper layer of a layered root.
 func removeStale(root *layers.Root, flags signalfile.Set, keep bool) error {

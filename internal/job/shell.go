@@ -94,7 +94,7 @@ func (r *run) open(ctx context.Context) error {
 func (r *run) login(ctx context.Context, p *probe) error {
 	return r.whileHealthy(ctx, func(ctx context.Context) error {
 		return p.login(ctx, cmp.Or(r.deps.tune.sshdTimeout, sshdTimeout), cmp.Or(r.deps.tune.probeTimeout, probeTimeout))
-	}, nil)
+	})
 }
 
 // wait returns when sshd says that all sessions are over.
@@ -102,31 +102,29 @@ func (r *run) wait(ctx context.Context) error {
 	return r.whileHealthy(ctx, func(ctx context.Context) error {
 		_, err := r.flags.Wait(ctx, r.log, signalfile.Exiting)
 		return err
-	}, r.watchSSHD)
+	}, r.watchSSHD, r.readBase)
 }
 
 // whileHealthy runs do until it ends, the pod reports an error, or one of the
 // watchers does.
-func (r *run) whileHealthy(ctx context.Context, do func(context.Context) error, watch func(context.Context) error) error {
+func (r *run) whileHealthy(ctx context.Context, do func(context.Context) error, watch ...func(context.Context) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	over := make(chan struct{}, 2)
+	over := make(chan struct{}, 1+len(watch))
 	guard := func(f func(context.Context) error) {
 		defer func() { over <- struct{}{} }()
 		if err := r.guard(func() error { return f(ctx) }); err != nil && ctx.Err() == nil {
 			cancel(err)
 		}
 	}
-	watchers := 1
 	go guard(func(ctx context.Context) error {
 		if _, err := r.flags.Wait(ctx, r.log, signalfile.PodError); err != nil {
 			return err
 		}
 		return fmt.Errorf("the sshd container gave up (%s); its log says why", r.flags.Path(signalfile.PodError))
 	})
-	if watch != nil {
-		watchers++
-		go guard(watch)
+	for _, w := range watch {
+		go guard(w)
 	}
 	err := do(ctx)
 	if err == nil {
@@ -135,7 +133,7 @@ func (r *run) whileHealthy(ctx context.Context, do func(context.Context) error, 
 		err = cause
 	}
 	cancel(err)
-	for range watchers {
+	for range cap(over) {
 		<-over
 	}
 	return err

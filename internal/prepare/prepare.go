@@ -187,8 +187,8 @@ func (r *run) layOut(ctx context.Context, src *source) error {
 	if err != nil {
 		return r.unusable(src, err)
 	}
-	if err := r.chooseLayout(img); err != nil {
-		return err
+	if err := r.chooseLayout(ctx, img); err != nil {
+		return r.unusable(src, err)
 	}
 	if r.record.Layout == layout.Unpacked {
 		if err := r.unpack(ctx, img); err != nil {
@@ -216,7 +216,7 @@ func uncopyable(img *squash.Image) error {
 }
 
 // chooseLayout decides, and lays out what is layered.
-func (r *run) chooseLayout(img *squash.Image) error {
+func (r *run) chooseLayout(ctx context.Context, img *squash.Image) error {
 	r.record.Layout = layout.Unpacked
 	switch {
 	case r.cfg.Layout == config.LayoutUnpacked:
@@ -226,6 +226,12 @@ func (r *run) chooseLayout(img *squash.Image) error {
 		r.record.Why = "the container sshd may not mount: the job was created without require_dkms"
 		return nil
 	}
+	// Unpacking meets whatever is damaged; the kernel, at best when somebody looks. The content is read while the user works.
+	began := time.Now()
+	if err := squash.Verify(ctx, img, true); err != nil {
+		return err
+	}
+	r.log.Debug("the image's structure is intact", "ms", time.Since(began).Milliseconds())
 	err := uncopyable(img)
 	if err == nil {
 		err = layers.LayOut(img, r.cfg.Parent, r.cfg.ImageRoot())

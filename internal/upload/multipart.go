@@ -75,11 +75,12 @@ func (s *S3) Put(ctx context.Context, o Object) (Info, error) {
 	if o.Confirm == nil {
 		o.Confirm = func(context.Context) error { return nil }
 	}
+	began, sent := time.Now(), o.Size
 	o.Base = s.usable(ctx, o)
 	if o.Size <= s.partSize && o.Base == nil {
 		err = s.putSingle(ctx, o, meta)
 	} else {
-		err = s.putParts(ctx, o, meta)
+		sent, err = s.putParts(ctx, o, meta)
 	}
 	if err != nil {
 		return Info{}, err
@@ -92,6 +93,7 @@ func (s *S3) Put(ctx context.Context, o Object) (Info, error) {
 		return Info{}, fmt.Errorf("verify the upload: %s has %d bytes and md5sum %q, sent were %d bytes and %q; check that nothing else writes to bucket %s",
 			s.URL(o.Key), info.Size, info.Metadata["md5sum"], o.Size, o.MD5, s.bucket)
 	}
+	s.log.Info("object stored", "object", s.URL(o.Key), "bytes", o.Size, "sent", sent, "ms", time.Since(began).Milliseconds())
 	return info, nil
 }
 
@@ -147,15 +149,16 @@ func partSizeFor(size, smallest int64) (int64, error) {
 	return max(need, smallest), nil
 }
 
-func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (err error) {
+// putParts uploads in parts and returns how many bytes it had to send.
+func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (sent int64, err error) {
 	op := "upload " + s.URL(o.Key)
 	size, err := partSizeFor(o.Size+o.Size/1000, s.partSize) // ranges that are copied end in short parts
 	if err != nil {
-		return fmt.Errorf("%s: %w", op, err)
+		return 0, fmt.Errorf("%s: %w", op, err)
 	}
 	id, err := s.begin(ctx, o.Key, meta)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer func() {
 		if err != nil {
@@ -165,12 +168,20 @@ func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (er
 	t := &transfer{s: s, o: o, id: id, part: size, parts: map[int32]sentPart{},
 		slots: make(chan struct{}, s.parallel), copying: make(chan struct{}, copyRequests)}
 	if err := t.run(ctx, cut(o.Size, size, o.Base)); err != nil {
-		return err
+		return 0, err
 	}
 	if err := o.Confirm(ctx); err != nil {
-		return err
+		return 0, err
 	}
-	return t.complete(ctx)
+	if err := t.complete(ctx); err != nil {
+		return 0, err
+	}
+	for _, p := range t.parts {
+		if !p.copied {
+			sent += p.n
+		}
+	}
+	return sent, nil
 }
 
 // usable returns the object's base if copying from it can work and pays.

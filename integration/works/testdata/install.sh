@@ -5,7 +5,7 @@ chmod 755 /usr/sbin/policy-rc.d
 apt-get update
 apt-get install -y --no-install-recommends -o Dpkg::Options::=--force-unsafe-io \
     rpm createrepo-c dnf zypper dracut-core sudo tmux screen vim-tiny less man-db locales systemd libcap2-bin python3-venv \
-    python3-apt attr
+    python3-apt attr dkms gcc make linux-headers-cloud-amd64
 rm -rf /usr/sbin/policy-rc.d /var/lib/apt/lists/* /var/cache/apt/archives/*.deb
 
 echo '127.0.0.1 localhost' > /etc/hosts
@@ -17,6 +17,10 @@ echo 'COMPRESS=gzip' >> /etc/initramfs-tools/conf.d/works
 # A unit and a tmpfiles line for the scriptlets to act on.
 printf '[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n' > /lib/systemd/system/works.service
 echo 'd /run/works 0750 works works -' > /usr/lib/tmpfiles.d/works.conf
+
+# A module in source, as the packages of drivers bring it.
+mkdir -p /usr/src/works-module-1.0
+cp /srv/works/module/* /usr/src/works-module-1.0/
 
 cd /srv/works
 rpmbuild -bb --define "_rpmdir /srv/rpm" --define "_topdir /tmp/rpmbuild" probe.spec
