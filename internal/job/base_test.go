@@ -127,7 +127,7 @@ func TestBase(t *testing.T) {
 
 // On a node with SELinux every file has a label; an image that had none gets none. One that had some keeps them.
 func TestNodeLabels(t *testing.T) {
-	for name, lines := range map[string][]string{"none": nil, "some": {"xattr boot/vmlinuz security.selinux=image"}} {
+	for name, lines := range map[string][]string{"none": nil, "some": {"file boot/vmlinuz 0644 kernel", "file boot/initrd 0600 initrd", "xattr boot/vmlinuz security.selinux=image"}} {
 		t.Run(name, func(t *testing.T) {
 			p := newPod(t, lines...)
 			p.prepare()
