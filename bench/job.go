@@ -39,7 +39,7 @@ func jobs(ctx context.Context, bin, image, work string, w io.Writer) error {
 		{"nothing changed", "true"},
 		{"three packages and an initrd", `export DEBIAN_FRONTEND=noninteractive
 apt-get -qq update >/dev/null; apt-get -qq install -y --no-install-recommends jq tree bc >/dev/null 2>&1
-update-initramfs -u -k all >/dev/null 2>&1; rm -rf /var/lib/apt/lists/* /var/cache/apt/*`},
+update-initramfs -u -k "$(readlink /boot/vmlinuz | cut -d- -f2-)" >/dev/null 2>&1; rm -rf /var/lib/apt/lists/* /var/cache/apt/*`},
 	} {
 		j := jobBench{bin: bin, image: image, dir: dir}
 		start, ours, sent, err := j.run(ctx, c.edit)
@@ -63,7 +63,7 @@ var sshPort = regexp.MustCompile(`"status":"waiting_on_user".*"ssh_port":(\d+)`)
 
 var (
 	stored = regexp.MustCompile(`msg="object stored".* object=\S+/(\S+) bytes=(\d+) sent=(\d+)`)
-	reused = regexp.MustCompile(`msg="unchanged data was taken over.* new=(\d+) dead=(\d+)`)
+	reused = regexp.MustCompile(`msg="unchanged data was taken over.* new=(\d+)`)
 )
 
 // traffic is what a job had to do with the store, in bytes.
@@ -81,7 +81,7 @@ func trafficOf(log string) (t traffic, err error) {
 		t.all, t.sent = t.all+bytes, t.sent+sent
 		if m[1] == "rootfs" {
 			if r := reused.FindStringSubmatch(log); r != nil {
-				bytes = number(r[1]) - number(r[2])
+				bytes = number(r[1])
 			}
 			t.floor += bytes
 		} else if sent == bytes {
