@@ -35,8 +35,7 @@ const (
 	Failed      Name = "failed"       // user: give up
 	Exiting     Name = "exiting"      // sshd: all sessions are over
 	BuildFailed Name = "build_failed" // builder of a create job
-	PodError    Name = "pod_error"    // sshd: a remote container died
-	RemotePort  Name = "remote_port"  // prepare: port of a remote build
+	PodError    Name = "pod_error"    // sshd: it cannot serve the job
 )
 
 // jailTmp is where the jailed user's flags lie, inside the image root.
