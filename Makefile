@@ -19,7 +19,7 @@ PORT  ?=
 GOTESTFLAGS ?=
 # How long each fuzz target runs: a count, because with a time go test now and then fails with "context
 # deadline exceeded" when the time ends during the minimizing of an input. For hours: FUZZTIME=1h
-FUZZTIME ?= 20000x
+FUZZTIME ?= 5000x
 
 # Packages whose tests jail processes and look at all others of the machine, for a way out of the jail or for
 # what was left behind: nobody else's tests may run at the same time.
@@ -58,7 +58,7 @@ test-integration: build ## Black-box tests of the built binaries with real clien
 	@scripts/deps.sh demo test
 	IMS_BUILDENV_BIN=$(CURDIR)/bin go test -p 1 -count=1 -timeout 30m $(GOTESTFLAGS) ./integration/...
 
-fuzz: deps-build ## Run each fuzz target for FUZZTIME (default 20000x)
+fuzz: deps-build ## Run each fuzz target for FUZZTIME (default 5000x)
 	@scripts/fuzz.sh $(FUZZTIME)
 
 bench: build ## Compare side by side with the tools a user would pick instead
