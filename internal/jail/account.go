@@ -201,10 +201,14 @@ type rootFiles struct {
 }
 
 type rootFile struct {
+	identity fileIdentity
+	data     []byte
+}
+
+type fileIdentity struct {
 	dev, ino     uint64
 	size         int64
 	mtime, ctime unix.Timespec
-	data         []byte
 }
 
 // settled is how old a file's last change must be for its identity to vouch for its content: more than a tick of the
@@ -226,10 +230,10 @@ func (r *rootFiles) read(root *os.File, name string) ([]byte, error) {
 	if err := unix.Fstat(fd, &st); err != nil {
 		return nil, &os.PathError{Op: "stat", Path: name, Err: err}
 	}
-	now := rootFile{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+	now := rootFile{identity: fileIdentity{st.Dev, st.Ino, st.Size, st.Mtim, st.Ctim}}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if k, ok := r.known[name]; ok && k.dev == now.dev && k.ino == now.ino && k.size == now.size && k.mtime == now.mtime && k.ctime == now.ctime {
+	if k, ok := r.known[name]; ok && k.identity == now.identity {
 		return k.data, nil
 	}
 	delete(r.known, name)

@@ -31,7 +31,8 @@ const newUser = unix.CLONE_NEWUSER
 var (
 	abiX8664 = abi{
 		audit: unix.AUDIT_ARCH_X86_64, clone: 56, unshare: 272, clone3: 435,
-		unwanted: []uint32{248, 249, 250, 321, 298, 323, 425, 426, 427, 304, 308}, setuid: [3]uint32{105, 113, 117}, // add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_* open_by_handle_at setns
+		unwanted: []uint32{248, 249, 250, 321, 298, 323, 425, 426, 427, 304, 308}, // add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_* open_by_handle_at setns
+		setuid:   [3]uint32{105, 113, 117},
 	}
 	abiI386 = abi{
 		audit: unix.AUDIT_ARCH_I386, clone: 120, unshare: 310, clone3: 435,
