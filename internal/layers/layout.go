@@ -56,17 +56,30 @@ func (r *Root) Source(opt squash.DirOptions) (squash.Source, error) {
 // directory appears under its name only when it is complete; an empty one there is
 // replaced. After an error what was unpacked is left.
 func Unpack(ctx context.Context, img *squash.Image, parent, root string, opt squash.UnpackOptions) (squash.UnpackStats, error) {
-	partial := filepath.Join(parent, partialRoot)
-	stats, err := squash.Unpack(ctx, img, partial, opt)
+	stats, err := Fill(ctx, img, parent, opt)
 	if err == nil {
-		err = unix.Rename(partial, root) // os.Rename takes no directory's place
+		err = Finish(ctx, img, parent, root, opt.Log)
 	}
+	return stats, err
+}
+
+// Fill is the first half of Unpack, after which nothing has its name yet.
+func Fill(ctx context.Context, img *squash.Image, parent string, opt squash.UnpackOptions) (squash.UnpackStats, error) {
+	stats, err := squash.Unpack(ctx, img, filepath.Join(parent, partialRoot), opt)
 	if err != nil {
-		return stats, fmt.Errorf("lay out %s: %w", root, err)
+		return stats, fmt.Errorf("lay out: %w", err)
+	}
+	return stats, nil
+}
+
+// Finish gives what Fill unpacked its name and an index.
+func Finish(ctx context.Context, img *squash.Image, parent, root string, log *slog.Logger) error {
+	if err := unix.Rename(filepath.Join(parent, partialRoot), root); err != nil { // os.Rename takes no directory's place
+		return fmt.Errorf("lay out %s: %w", root, err)
 	}
 	// Without an index packing takes longer, and that is all.
 	if err := squash.WriteIndex(ctx, img, root, filepath.Join(parent, layout.Index)); err != nil {
-		opt.Log.Log(ctx, slog.LevelWarn, "every file will be read again when the image is packed", "err", err)
+		log.Warn("every file will be read again when the image is packed", "err", err)
 	}
-	return stats, nil
+	return nil
 }

@@ -57,6 +57,9 @@ type download struct {
 	hash   hash.Hash
 	bar    *progress.P
 	single bool // ranges were tried and brought nothing
+
+	have     *arrival       // while it is received in ranges
+	arriving func(*arrival) // is told of the first of these
 }
 
 func newDownload(src *source, file *os.File, budget time.Duration, log *slog.Logger, tune tuning) *download {
@@ -125,6 +128,7 @@ func (d *download) run(ctx context.Context) error {
 
 // reset forgets what was received.
 func (d *download) reset() error {
+	d.forget(errRestart)
 	d.etag, d.size, d.offset = "", -1, 0
 	d.hash.Reset()
 	if err := d.file.Truncate(0); err != nil {
@@ -153,6 +157,9 @@ func (d *download) receive(ctx context.Context, alive func()) error {
 	if d.offset > 0 && d.etag == "" {
 		return errRestart
 	}
+	if d.have != nil && d.offset == d.size {
+		return nil // the last attempt failed with something that was no longer missing
+	}
 	resp, err := d.src.get(ctx, d.offset, d.etag)
 	if err != nil {
 		return err
@@ -165,6 +172,7 @@ func (d *download) receive(ctx context.Context, alive func()) error {
 	if d.fitForRanges(resp) {
 		return d.receiveRanges(ctx, resp, alive)
 	}
+	d.forget(errAppended)
 	buf := make([]byte, copyBuffer)
 	for {
 		n, err := resp.Body.Read(buf)

@@ -89,6 +89,7 @@ type run struct {
 	vol  *os.Root // the job's volume
 
 	record layout.Record // of the image, written when its root is laid out
+	filled bool          // the tree was unpacked while the image was received
 }
 
 // guarded turns a panic into an error: the job must not stay without a final
@@ -158,12 +159,18 @@ func (r *run) fetch(ctx context.Context, src *source) error {
 	}
 	d := newDownload(src, f, r.cfg.Timeout, r.log, r.deps.tune)
 	d.room = r.room
+	unpacking := r.unpackArriving(ctx, d)
 	if err := d.run(ctx); err != nil {
+		unpacking.stop(err)
 		return fmt.Errorf("fetch %s: %w", src, err)
 	}
 	if sum := d.md5(); r.cfg.DownloadMD5 != "" && sum != r.cfg.DownloadMD5 {
+		unpacking.stop(errors.New("the image is not the expected one"))
 		return fmt.Errorf("fetch %s: the MD5 sum of the %d bytes received is %s, IMS expects %s: the object in S3 was damaged or replaced; customize another image, or upload this one again",
 			src, d.size, sum, r.cfg.DownloadMD5)
+	}
+	if err := unpacking.wait(); err != nil {
+		return err
 	}
 	if err := r.vol.Rename(partialImage, layout.Image); err != nil {
 		return err
@@ -215,15 +222,21 @@ func uncopyable(img *squash.Image) error {
 	return err
 }
 
+// whyUnpacked says why the root must be unpacked, whatever the image is, and nothing if it may be layered.
+func (r *run) whyUnpacked() string {
+	switch {
+	case r.cfg.Layout == config.LayoutUnpacked:
+		return "IMS_BUILDENV_LAYOUT is unpacked"
+	case r.cfg.Layout != config.LayoutLayered && !r.cfg.DKMS:
+		return "the container sshd may not mount: the job was created without require_dkms"
+	}
+	return ""
+}
+
 // chooseLayout decides, and lays out what is layered.
 func (r *run) chooseLayout(ctx context.Context, img *squash.Image) error {
 	r.record.Layout = layout.Unpacked
-	switch {
-	case r.cfg.Layout == config.LayoutUnpacked:
-		r.record.Why = "IMS_BUILDENV_LAYOUT is unpacked"
-		return nil
-	case r.cfg.Layout != config.LayoutLayered && !r.cfg.DKMS:
-		r.record.Why = "the container sshd may not mount: the job was created without require_dkms"
+	if r.record.Why = r.whyUnpacked(); r.record.Why != "" {
 		return nil
 	}
 	// Unpacking meets whatever is damaged; the kernel, at best when somebody looks. The content is read while the user works.
@@ -255,10 +268,17 @@ func (r *run) chooseLayout(ctx context.Context, img *squash.Image) error {
 }
 
 func (r *run) unpack(ctx context.Context, img *squash.Image) error {
+	if !r.filled {
+		if err := r.fill(ctx, img, r.room()); err != nil {
+			return err
+		}
+	}
+	return layers.Finish(ctx, img, r.cfg.Parent, r.cfg.ImageRoot(), r.log)
+}
+
+func (r *run) fill(ctx context.Context, img *squash.Image, room int64) error {
 	bar := progress.NewLog(r.log, "unpack image", 0)
-	stats, err := layers.Unpack(ctx, img, r.cfg.Parent, r.cfg.ImageRoot(), squash.UnpackOptions{
-		MaxBytes: max(1, r.room()), Progress: bar.Update, Log: r.log,
-	})
+	stats, err := layers.Fill(ctx, img, r.cfg.Parent, squash.UnpackOptions{MaxBytes: max(1, room), Progress: bar.Update, Log: r.log})
 	if err != nil {
 		return err
 	}

@@ -61,12 +61,13 @@ type job struct {
 	cfg    config.Sidecar
 	status *statuses
 	log    bytes.Buffer
+	tune   tuning
 }
 
 func newJob(t *testing.T, image []byte) *job {
 	t.Helper()
 	parent := filepath.Join(t.TempDir(), "volume")
-	j := &job{status: &statuses{parent: parent}}
+	j := &job{status: &statuses{parent: parent}, tune: quick}
 	j.cfg.JobID, j.cfg.Parent, j.cfg.Timeout = jobID, parent, patient
 	j.cfg.KernelName, j.cfg.InitrdName, j.cfg.Arch = "vmlinuz", "initrd", "x86_64"
 	if image != nil {
@@ -77,7 +78,7 @@ func newJob(t *testing.T, image []byte) *job {
 
 func (j *job) run(t *testing.T, ctx context.Context, link string) error {
 	t.Helper()
-	err := Run(ctx, j.cfg, link, Deps{Status: j.status, Log: slog.New(slog.NewTextHandler(&j.log, nil)), tune: quick})
+	err := Run(ctx, j.cfg, link, Deps{Status: j.status, Log: slog.New(slog.NewTextHandler(&j.log, nil)), tune: j.tune})
 	if text := fmt.Sprint(err, j.log.String()); strings.Contains(text, signature) {
 		t.Errorf("the presigned URL was shown: %s", text)
 	}

@@ -151,7 +151,7 @@ func refusal(resp *http.Response) error {
 
 // acceptWhole starts over when a server ignored the range.
 func (d *download) acceptWhole(resp *http.Response) error {
-	if d.offset > 0 {
+	if d.offset > 0 || d.have != nil {
 		if err := d.reset(); err != nil {
 			return backoff.Permanent(err)
 		}
