@@ -304,16 +304,20 @@ func (w *world) play(name string, values map[string]string) {
 
 func TestPodTurnsAnImageIntoAnother(t *testing.T) {
 	w := newWorld(t)
-	for _, jailed := range []bool{true, false} {
-		t.Run(fmt.Sprintf("jailed=%t", jailed), func(t *testing.T) {
+	for _, c := range []struct{ jailed, dkms bool }{{true, false}, {false, false}, {true, true}} {
+		t.Run(fmt.Sprintf("jailed=%t,dkms=%t", c.jailed, c.dkms), func(t *testing.T) {
 			inner := *w
 			inner.t, inner.work = t, t.TempDir()
-			inner.job(jailed)
+			inner.job(c.jailed, c.dkms)
 		})
 	}
 }
 
-func (w *world) job(jailed bool) {
+// python is how the job template writes booleans.
+var python = map[bool]string{true: "True", false: "False"}
+
+// job does one job. With dkms the container sshd is privileged, as the job template has it then, and mounts the image.
+func (w *world) job(jailed, dkms bool) {
 	t, ctx := w.t, w.t.Context()
 	key := filepath.Join(w.work, "id")
 	w.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
@@ -326,7 +330,6 @@ func (w *world) job(jailed bool) {
 		t.Fatal(err)
 	}
 	base, md5, url := w.register()
-	dkms := false
 	job, err := w.client.CreateJob(ctx, ims.JobRequest{JobType: "customize", ArtifactID: base.ID, PublicKeyID: record.ID,
 		ArchiveName: "made in a pod", RequireDKMS: &dkms, SSHContainers: []ims.SSHContainer{{Name: "customize", Jail: jailed}}})
 	if err != nil {
@@ -339,7 +342,7 @@ func (w *world) job(jailed bool) {
 		"OAUTH_CLIENT_ID": w.secrets.ClientID, "OAUTH_CLIENT_SECRET": w.secrets.ClientSecret,
 		"OAUTH_ENDPOINT": "http://" + apiAddress + "/keycloak/realms/shasta/protocol/openid-connect/token",
 		"IMS_URL":        "http://" + apiAddress, "IMAGE_NAME": "made in a pod",
-		"SSH_JAIL": map[bool]string{true: "True", false: "False"}[jailed],
+		"SSH_JAIL": python[jailed], "DKMS": python[dkms], "SSHD_PRIVILEGED": fmt.Sprint(dkms),
 	})
 	w.untilStatus(job.ID, ims.WaitingOnUser)
 
@@ -353,6 +356,9 @@ func (w *world) job(jailed bool) {
 		prefix, flag = "/mnt/image/image-root", "/mnt/image/complete"
 	}
 	ssh("echo changed in the pod > " + prefix + "/etc/changed")
+	if log := w.run("podman", "logs", pod+"-sshd"); dkms != strings.Contains(log, "layout=layered") {
+		t.Errorf("mounted by the container sshd: %t", !dkms)
+	}
 	if jailed {
 		if out := ssh("ls /"); strings.Contains(out, "mnt") || !strings.Contains(out, "boot") {
 			t.Errorf("the jail's root holds:\n%s", out)
