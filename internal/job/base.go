@@ -19,8 +19,8 @@ import (
 
 // base is the image the root was made from.
 type base struct {
-	file  *os.File // nil: the root's
-	image *squash.Image
+	file  *os.File      // nil: the root's
+	image *squash.Image // nil: given up
 	index *squash.Index // nil: every file is read to see whether it changed
 	key   string        // of its object in the job's bucket; "" if it is not there
 	size  int64
@@ -32,6 +32,16 @@ func (b *base) Close() error {
 		return nil
 	}
 	return b.file.Close()
+}
+
+// removable reports whether the root does without it.
+func (b *base) removable() bool { return b != nil && b.file != nil }
+
+// remove gives its space back. Its object in the store is still what it was.
+func (b *base) remove() error {
+	file := b.file
+	b.file, b.image, b.index = nil, nil, nil
+	return errors.Join(file.Close(), os.Remove(file.Name()))
 }
 
 // openBase opens what the init container left, or returns nil: then everything

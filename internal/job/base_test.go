@@ -23,8 +23,8 @@ import (
 )
 
 // packRoot packs the pod's root to the image the init container leaves on the
-// volume, and opens that until the test ends.
-func (p *pod) packRoot(opt squash.Options) *squash.Image {
+// volume, and opens that. The caller closes the file.
+func (p *pod) packRoot(opt squash.Options) (*squash.Image, *os.File) {
 	p.t.Helper()
 	file := filepath.Join(p.cfg.Parent, layout.Image)
 	src, err := squash.DirSource(p.cfg.RootDir, squash.DirOptions{})
@@ -39,7 +39,6 @@ func (p *pod) packRoot(opt squash.Options) *squash.Image {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.t.Cleanup(func() { f.Close() })
 	info, err := f.Stat()
 	if err != nil {
 		p.t.Fatal(err)
@@ -48,14 +47,15 @@ func (p *pod) packRoot(opt squash.Options) *squash.Image {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	return img
+	return img, f
 }
 
 // prepare does the init container's work: the root is packed to an image, and
 // laid out from it.
 func (p *pod) prepare() {
 	p.t.Helper()
-	img := p.packRoot(squash.Options{Compressor: squash.Zstd})
+	img, f := p.packRoot(squash.Options{Compressor: squash.Zstd})
+	defer f.Close()
 	root := p.cfg.RootDir
 	err := os.RemoveAll(root)
 	if err == nil {

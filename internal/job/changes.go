@@ -38,7 +38,7 @@ const (
 // while the upload goes on. Whatever fails is a warning: the image is none the
 // worse for it.
 func (r *run) reportChanges(ctx context.Context, base *base, file *os.File) {
-	if base == nil || r.cfg.Changes == config.ChangesOff {
+	if base == nil || base.image == nil || r.cfg.Changes == config.ChangesOff {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, changesTimeout)

@@ -392,28 +392,58 @@ func TestRefuse(t *testing.T) {
 	p.check(exit, failure1("S3_BUCKET"))
 }
 
+// smallVolume moves the job to a volume of a size.
+func (p *pod) smallVolume(size string) {
+	p.t.Helper()
+	testkit.NeedRoot(p.t)
+	volume := p.t.TempDir()
+	if err := unix.Mount("tmpfs", volume, "tmpfs", 0, "size="+size); err != nil {
+		p.t.Skipf("mount a small volume: %v", err)
+	}
+	p.t.Cleanup(func() {
+		if err := unix.Unmount(volume, unix.MNT_DETACH); err != nil {
+			p.t.Error(err)
+		}
+	})
+	if err := os.CopyFS(volume+"/image-root", os.DirFS(p.cfg.RootDir)); err != nil {
+		p.t.Fatal(err)
+	}
+	p.cfg.Parent, p.cfg.RootDir = volume, volume+"/image-root"
+}
+
+// The new image has no room beside the one the root was made from: that one goes.
+func TestRoomOfBase(t *testing.T) {
+	p := newPod(t)
+	p.smallVolume("40m")
+	p.prepare()
+	p.user = func() {
+		tree.Make(t, p.cfg.RootDir, "data etc/new 0644 3000000 random:9")
+		if err := p.flags().Touch(signalfile.Complete); err != nil {
+			t.Error(err)
+		}
+	}
+	p.check(p.run(t.Context()), success)
+	if log := p.log.String(); !strings.Contains(log, "which is removed; everything is compressed") {
+		t.Errorf("the old image was not removed:\n%s", log)
+	}
+	got := p.open()
+	if err := squash.Verify(t.Context(), got, false); err != nil {
+		t.Error(err)
+	}
+	if b, err := fs.ReadFile(got, "etc/new"); err != nil || len(b) != 3000000 {
+		t.Errorf("new file of %d bytes: %v", len(b), err)
+	}
+}
+
 // The volume is too small: found before packing when hopeless, and otherwise
 // while packing, with the space given back and the setting to raise named.
 func TestNoSpace(t *testing.T) {
-	testkit.NeedRoot(t)
 	for name, c := range map[string]struct{ size, want string }{
 		"hopeless": {"13500k", "at least"}, "not enough": {"20m", "the image needs about"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPod(t)
-			volume := t.TempDir()
-			if err := unix.Mount("tmpfs", volume, "tmpfs", 0, "size="+c.size); err != nil {
-				t.Skipf("mount a small volume: %v", err)
-			}
-			defer func() {
-				if err := unix.Unmount(volume, 0); err != nil {
-					t.Error(err)
-				}
-			}()
-			if err := os.CopyFS(volume+"/image-root", os.DirFS(p.cfg.RootDir)); err != nil {
-				t.Fatal(err)
-			}
-			p.cfg.Parent, p.cfg.RootDir = volume, volume+"/image-root"
+			p.smallVolume(c.size)
 			exit := p.run(t.Context())
 			if out := p.stdout.String(); !strings.Contains(out, "build_env_size") {
 				t.Errorf("no next step in %s", out)

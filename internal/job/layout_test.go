@@ -21,7 +21,8 @@ import (
 // layIn makes the pod's root one in layers.
 func (p *pod) layIn() {
 	p.t.Helper()
-	img := p.packRoot(squash.Options{})
+	img, f := p.packRoot(squash.Options{})
+	defer f.Close()
 	err := errors.Join(layers.LayOut(img, p.cfg.Parent, p.cfg.RootDir),
 		layout.Write(p.cfg.Parent, layout.Record{Layout: layout.Layered}))
 	if err != nil {

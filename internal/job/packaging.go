@@ -60,7 +60,7 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 	if err := r.store.Check(ctx); err != nil {
 		return published{}, err
 	}
-	if err := checkSpace(ctx, root, r.cfg.Parent, r.log); err != nil {
+	if err := r.checkSpace(ctx, root); err != nil {
 		return published{}, err
 	}
 	flags := r.flags
@@ -114,7 +114,8 @@ func (r *run) createPacked() (*os.File, error) {
 	return os.OpenFile(r.packedPath(), os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 }
 
-// pack writes the image to file and calls whole as soon as it can be read.
+// pack writes the image to file and calls whole as soon as it can be read. Where it does not fit beside the image the root
+// was made from, that one is given up, which no job depends on.
 func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.File, whole func(int64, *upload.Base)) error {
 	opt := squash.Options{MemoryLimit: cgroupMemory() / 4}
 	dir := squash.DirOptions{OneFileSystem: true}
@@ -123,20 +124,22 @@ func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.
 		dir.DropXattr = r.foreign(base.image)
 		r.warnOfHidden(base.image)
 	}
-	src, err := root.Source(dir)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	bar := r.progress("packing", 0)
-	opt.Progress = bar.Update
+	written := false
 	opt.Written = func(stats squash.Stats) {
-		bar.Finish()
+		written = true
 		whole(stats.BytesOut, base.shared(stats.Base))
 	}
-	stats, err := squash.PackChecked(ctx, src, file, opt)
+	stats, err := r.packTo(ctx, root, dir, file, opt)
+	if full(err) && base.removable() && !written {
+		r.log.Warn("the new image has no room beside the one the root was made from, which is removed; everything is compressed", "error", err)
+		if err := errors.Join(base.remove(), file.Truncate(0)); err != nil {
+			return fmt.Errorf("make room for the image: %w", err)
+		}
+		opt.Base, dir.Index = nil, nil
+		stats, err = r.packTo(ctx, root, dir, file, opt)
+	}
 	if err != nil {
-		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		if full(err) {
 			err = fmt.Errorf("%w; %s", err, moreSpace)
 		}
 		return fmt.Errorf("pack the image: %w", err)
@@ -152,6 +155,25 @@ func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.
 	}
 	return nil
 }
+
+func (r *run) packTo(ctx context.Context, root *layers.Root, dir squash.DirOptions, file *os.File, opt squash.Options) (squash.Stats, error) {
+	src, err := root.Source(dir)
+	if err != nil {
+		return squash.Stats{}, err
+	}
+	defer src.Close()
+	bar := r.progress("packing", 0)
+	opt.Progress = bar.Update
+	written := opt.Written
+	opt.Written = func(stats squash.Stats) {
+		bar.Finish()
+		written(stats)
+	}
+	return squash.PackChecked(ctx, src, file, opt)
+}
+
+// full tells a volume, or a quota, that is used up.
+func full(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 func artifacts(image io.ReaderAt, pending *upload.Pending, boot *imageroot.Boot, base *base) []upload.Artifact {
 	all := []upload.Artifact{

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/layers"
+	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 )
 
 // probeXattrs warns when the volume cannot hold extended attributes: file
@@ -47,16 +48,22 @@ const (
 )
 
 // checkSpace fails when the image cannot fit, and warns when it may not.
-func checkSpace(ctx context.Context, root *layers.Root, dir string, log *slog.Logger) error {
+func (r *run) checkSpace(ctx context.Context, root *layers.Root) error {
 	size, err := treeSize(ctx, root.FDPath()) // of a layered one: what changed
 	if err != nil {
 		return fmt.Errorf("measure the image root: %w", err)
 	}
-	free, err := freeBytes(dir)
+	free, err := freeBytes(r.cfg.Parent)
 	if err != nil {
 		return fmt.Errorf("measure the volume: %w", err)
 	}
-	log.Info("space on the volume", "data_to_pack", size, "free", free)
+	r.log.Info("space on the volume", "data_to_pack", size, "free", free)
+	if root.Base() == nil {
+		// The image the root was made from goes when nothing else helps.
+		if info, err := os.Lstat(filepath.Join(r.cfg.Parent, layout.Image)); err == nil && info.Mode().IsRegular() {
+			free += info.Size()
+		}
+	}
 	if free < size/leastShare {
 		return fmt.Errorf("%w: the image root holds %d bytes and the volume has %d left, at least %d are needed to pack it; %s",
 			unix.ENOSPC, size, free, size/leastShare, moreSpace)
@@ -66,7 +73,7 @@ func checkSpace(ctx context.Context, root *layers.Root, dir string, log *slog.Lo
 		typical += base.Info().BytesUsed // which is taken over packed
 	}
 	if free < typical {
-		log.Warn("the volume may be too small for the new image", "data", size, "free", free, "typically_needed", typical)
+		r.log.Warn("the volume may be too small for the new image", "data", size, "free", free, "typically_needed", typical)
 	}
 	return nil
 }
