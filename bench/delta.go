@@ -67,14 +67,15 @@ func (d *deltaBench) pack(name, tree, layout string) comparison {
 }
 
 // growth prints how the time of packing grows: with the share of files that
-// changed, and with the image at a fixed change. Columns are separated by tabs,
-// for a plot.
-func growth(ctx context.Context, bin, image, work string, w io.Writer) error {
+// changed, beside packing everything, and with the image at a fixed change. Columns
+// are separated by tabs; the plot is drawn of them.
+func growth(ctx context.Context, bin, image, work, plotFile string, w io.Writer) error {
 	d := deltaBench{sidecar: filepath.Join(bin, "sidecar"), image: image, work: filepath.Join(work, "growth")}
 	if err := os.Mkdir(d.work, 0o700); err != nil {
 		return err
 	}
-	fmt.Fprintf(w, "changed files, %%\tseconds\tCPU seconds\tMiB compressed anew\n")
+	delta, full := series{name: "with the old image"}, series{name: "everything anew"}
+	fmt.Fprintf(w, "changed files, %%\tseconds\tCPU seconds\tMiB compressed anew\tseconds, everything anew\n")
 	tree, err := d.tree(ctx, "share", "true")
 	if err != nil {
 		return err
@@ -89,8 +90,14 @@ func growth(ctx context.Context, bin, image, work string, w io.Writer) error {
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(w, "%d\t%.2f\t%.2f\t%d\n", share, f.wall, f.cpu, fresh>>20)
+		anew, err := d.timePackings(ctx, tree)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(w, "%d\t%.2f\t%.2f\t%d\t%.2f\n", share, f.wall, f.cpu, fresh>>20, anew.wall)
+		delta.points, full.points = append(delta.points, point{float64(share), f.wall}), append(full.points, point{float64(share), anew.wall})
 	}
+	size := series{name: "16 MiB of it new"}
 	fmt.Fprintf(w, "\nimage, MiB\tseconds\tCPU seconds\tMiB compressed anew (one new file of 16 MiB)\n")
 	for _, mib := range []int{64, 256, 1024, 4096} {
 		if err := ctx.Err(); err != nil {
@@ -109,27 +116,40 @@ for i in $(seq %d); do head -c 1048576 /dev/urandom > src/$i; done
 			return err
 		}
 		fmt.Fprintf(w, "%d\t%.2f\t%.2f\t%d\n", mib, f.wall, f.cpu, fresh>>20)
+		size.points = append(size.points, point{float64(mib), f.wall})
 	}
-	return nil
+	if plotFile == "" {
+		return nil
+	}
+	return os.WriteFile(plotFile, plot(
+		chart{"Packing a Debian root", "files changed, %", "seconds", []series{full, delta}},
+		chart{"Packing a larger image", "image, MiB", "seconds", []series{size}}), 0o644)
 }
 
 // timePack packs three times and returns the medians, and the bytes of the image
 // that do not come from the base.
 func (d *deltaBench) timePack(ctx context.Context, base, tree string) (figures, int64, error) {
-	out := filepath.Join(d.work, "new.sqsh")
-	s := side{argv: []string{d.sidecar, "pack", "--base", base, "--index", tree + ".index", "--layout", "append", tree, out}, output: out}
-	var runs []figures
-	for range 3 {
-		f, err := s.run(ctx)
-		if err != nil {
-			return figures{}, 0, err
-		}
-		runs = append(runs, f)
+	f, err := d.timePackings(ctx, tree, "--base", base, "--index", tree+".index", "--layout", "append")
+	if err != nil {
+		return figures{}, 0, err
 	}
 	info, err := os.Stat(base)
 	if err != nil {
 		return figures{}, 0, err
 	}
-	f := median(runs)
 	return f, f.bytes - info.Size(), nil
+}
+
+func (d *deltaBench) timePackings(ctx context.Context, tree string, options ...string) (figures, error) {
+	out := filepath.Join(d.work, "new.sqsh")
+	s := side{argv: append(append([]string{d.sidecar, "pack"}, options...), tree, out), output: out}
+	var runs []figures
+	for range 3 {
+		f, err := s.run(ctx)
+		if err != nil {
+			return figures{}, err
+		}
+		runs = append(runs, f)
+	}
+	return median(runs), nil
 }

@@ -28,6 +28,7 @@ func main() {
 	flag.IntVar(&b.n, "n", 5, "runs of each side")
 	flag.StringVar(&b.topics, "topics", "squashfs,prepare,delta,ssh,readings,jobs,growth,scaling", "what to compare, separated by commas")
 	flag.StringVar(&b.only, "only", "", "run only comparisons whose name contains this")
+	flag.StringVar(&b.plot, "plot", "", "file for the plot of growth, as SVG")
 	files := flag.Int("synthetic", 0, "only pack so many small files that exist nowhere")
 	address := flag.String("execs", "", "only run 100 commands on one connection to this SSH server")
 	key := flag.String("key", "", "key for -execs")
@@ -49,8 +50,8 @@ func main() {
 }
 
 type bench struct {
-	bin, image, topics, only string
-	n                        int
+	bin, image, topics, only, plot string
+	n                              int
 }
 
 func (b bench) run(ctx context.Context) error {
@@ -69,7 +70,10 @@ func (b bench) run(ctx context.Context) error {
 		"squashfs": squashfs, "prepare": prepare, "delta": delta, "ssh": ssh,
 	}
 	reports := map[string]func(ctx context.Context, bin, image, work string, w io.Writer) error{
-		"readings": readings, "jobs": jobs, "growth": growth, "scaling": scaling,
+		"readings": readings, "jobs": jobs, "scaling": scaling,
+		"growth": func(ctx context.Context, bin, image, work string, w io.Writer) error {
+			return growth(ctx, bin, image, work, b.plot, w)
+		},
 	}
 	for topic := range strings.SplitSeq(b.topics, ",") {
 		if prepare, ok := tables[topic]; ok {
