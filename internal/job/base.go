@@ -102,7 +102,11 @@ func (b *base) shared(st *squash.BaseStats) *upload.Base {
 	if b == nil || b.key == "" || st == nil {
 		return nil
 	}
-	return &upload.Base{Key: b.key, Size: b.size, MD5: b.md5, From: st.SharedFrom, To: st.SharedTo}
+	same := make([]upload.Range, len(st.Shared))
+	for i, x := range st.Shared {
+		same[i] = upload.Range{From: x.From, To: x.To, N: x.Bytes}
+	}
+	return &upload.Base{Key: b.key, Size: b.size, MD5: b.md5, Same: same}
 }
 
 // sibling is another artifact of the base's image, should it have the same
@@ -111,7 +115,7 @@ func (b *base) sibling(kind upload.Kind, size int64) *upload.Base {
 	if b == nil || path.Base(b.key) != string(upload.Rootfs) {
 		return nil
 	}
-	return &upload.Base{Key: path.Join(path.Dir(b.key), string(kind)), Size: size, To: size}
+	return &upload.Base{Key: path.Join(path.Dir(b.key), string(kind)), Size: size, Same: []upload.Range{{N: size}}}
 }
 
 // logReuse says what packing took over from the base.

@@ -65,11 +65,20 @@ type BaseStats struct {
 	Bytes       int64  `json:"bytes"`       // their content
 	CopiedBytes int64  `json:"copiedBytes"` // what that takes in the image, dead data included
 	DeadBytes   int64  `json:"deadBytes"`   // data in the image nothing refers to; of fragment blocks, the share
-	// The bytes from SharedFrom up to SharedTo are the same, at the same
-	// offsets, in the base. Both are zero in LayoutCompact.
-	SharedFrom int64 `json:"sharedFrom"`
-	SharedTo   int64 `json:"sharedTo"`
+	// Shared is what stands in the image as it does in the base, in ascending
+	// order. Ranges of less than a mebibyte are left out.
+	Shared []SharedRange `json:"shared,omitempty"`
 }
+
+// SharedRange is a range of bytes that two images have in common.
+type SharedRange struct {
+	From  int64 `json:"from"` // offset in the base
+	To    int64 `json:"to"`   // offset in the new image
+	Bytes int64 `json:"bytes"`
+}
+
+// leastShared is what is worth telling of.
+const leastShared = 1 << 20
 
 // baseContent is a regular file whose data is in an image already.
 type baseContent struct {

@@ -178,7 +178,6 @@ func (r *reuse) choose(ctx context.Context, w *writer, layout Layout) error {
 	}
 	if r.stats.Layout == LayoutAppend {
 		r.stats.DeadBytes = max(dead, 0)
-		r.stats.SharedFrom, r.stats.SharedTo = superblockSize, area.from+area.n
 		r.runs = []relocation{{area.from, area.from, area.n}}
 		r.keep(blocks)
 		return r.count(ctx, w)
@@ -206,6 +205,9 @@ func (r *reuse) choose(ctx context.Context, w *writer, layout Layout) error {
 func (r *reuse) count(ctx context.Context, w *writer) error {
 	for _, x := range r.runs {
 		r.stats.CopiedBytes += x.n
+		if x.n >= leastShared {
+			r.stats.Shared = append(r.stats.Shared, SharedRange{x.from, x.to, x.n})
+		}
 	}
 	return r.eachKept(ctx, w, func(ino *Inode) bool {
 		r.stats.Files++

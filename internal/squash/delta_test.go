@@ -308,10 +308,10 @@ func layoutsOf(t testing.TB, src Source, base *Image, epoch *time.Time) map[Layo
 		if err != nil {
 			t.Fatalf("%v: %v", l, err)
 		}
-		if to := st.Base.SharedTo; to > 0 {
-			a, b := make([]byte, to-st.Base.SharedFrom), out.b[st.Base.SharedFrom:to]
-			if err := base.readAt(a, st.Base.SharedFrom); err != nil || !bytes.Equal(a, b) {
-				t.Fatalf("%v: bytes %d to %d are not the base's: %v", l, st.Base.SharedFrom, to, err)
+		for _, x := range st.Base.Shared {
+			a, b := make([]byte, x.Bytes), out.b[x.To:x.To+x.Bytes]
+			if err := base.readAt(a, x.From); err != nil || !bytes.Equal(a, b) {
+				t.Fatalf("%v: %+v is not the base's: %v", l, x, err)
 			}
 		}
 		images[l] = img

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -136,7 +137,7 @@ func TestBase(t *testing.T) {
 	var mu sync.Mutex
 	info, err := s.Put(t.Context(), Object{Key: "new/rootfs", Body: bytes.NewReader(body), Size: int64(len(body)),
 		Progress: func(n int64) { mu.Lock(); acked += n; mu.Unlock() },
-		Base:     &Base{Key: "old/ü/rootfs", Size: int64(len(old)), MD5: sumOf(old), From: 96, To: int64(len(old))}})
+		Base:     &Base{Key: "old/ü/rootfs", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,7 +152,7 @@ func TestBase(t *testing.T) {
 	small := old[:6<<20]
 	for _, key := range []string{"old/initrd", "new/initrd"} { // the first has no base yet
 		_, err := s.Put(t.Context(), Object{Key: key, Body: bytes.NewReader(small), Size: int64(len(small)),
-			Base: &Base{Key: "old/initrd", Size: int64(len(small)), To: int64(len(small))}})
+			Base: &Base{Key: "old/initrd", Size: int64(len(small)), Same: []Range{{0, 0, int64(len(small))}}}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -205,7 +206,7 @@ func TestBaseTrouble(t *testing.T) {
 				return resp
 			}
 			info, err := s.Put(t.Context(), Object{Key: "new", Body: bytes.NewReader(body), Size: int64(len(body)),
-				Base: &Base{Key: "old", Size: int64(len(old)), MD5: sumOf(old), From: 96, To: int64(len(old))}})
+				Base: &Base{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -231,7 +232,7 @@ func TestBaseEnds(t *testing.T) {
 	old := noise(17 << 20)
 	body := edited(old, 1<<20)
 	object := Object{Key: "new", Body: bytes.NewReader(body), Size: int64(len(body)),
-		Base: &Base{Key: "old", Size: int64(len(old)), MD5: sumOf(old), From: 96, To: int64(len(old))}}
+		Base: &Base{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}}
 	t.Run("told", func(t *testing.T) {
 		s := newStore(t, nil)
 		replace(t, s, old)
@@ -280,13 +281,22 @@ func TestCut(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 300 {
 		size := 1 + r.Int64N(int64(1)<<(20+r.IntN(22)))
-		part, err := partSizeFor(size+size/1000, int64(5+r.IntN(12))*mib)
+		part, err := partSizeFor(size+size/5, int64(5+r.IntN(12))*mib)
 		if err != nil {
 			t.Fatal(err)
 		}
-		base := &Base{From: int64(r.IntN(2)) * 96, To: 1 + r.Int64N(size)}
-		if base.To-base.head() < worthCopying {
-			base = nil
+		var base *Base
+		atLeast := int64(0)
+		if r.IntN(4) > 0 {
+			base = &Base{}
+			for to, i := int64(r.IntN(2))*96, 0; to < size && i < 2000; i++ {
+				n := min(1+r.Int64N(1+size/int64(1+r.IntN(3000))), size-to)
+				base.Same = append(base.Same, Range{From: r.Int64N(1 << 40), To: to, N: n})
+				if n-minPartSize >= worthCopying(size) {
+					atLeast += n - minPartSize
+				}
+				to += n + r.Int64N(2)*r.Int64N(1+size/100)
+			}
 		}
 		pieces := cut(size, part, base)
 		var copied int64
@@ -294,6 +304,11 @@ func TestCut(t *testing.T) {
 		for _, p := range pieces {
 			if p.copied {
 				copied += p.n
+				if !slices.ContainsFunc(base.Same, func(r Range) bool {
+					return p.off >= r.To && p.off+p.n <= r.To+r.N && p.off-r.To == p.from-r.From
+				}) {
+					t.Fatalf("%+v is not of a range the base has", p)
+				}
 			}
 			sent = append(sent, split(p, part)...)
 		}
@@ -302,7 +317,7 @@ func TestCut(t *testing.T) {
 			number := int32(0)
 			for i, p := range list {
 				if p.off != off || p.number <= number || p.number > maxParts || p.n <= 0 || p.n > maxPartSize || p.n < minPartSize && i < len(list)-1 {
-					t.Fatalf("size %d, parts of %d, base %+v: %+v after %d bytes in %d parts", size, part, base, p, off, number)
+					t.Fatalf("size %d, parts of %d: %+v after %d bytes in %d parts", size, part, p, off, number)
 				}
 				off, number = off+p.n, p.number
 			}
@@ -310,9 +325,30 @@ func TestCut(t *testing.T) {
 				t.Fatalf("size %d: %d bytes in pieces", size, off)
 			}
 		}
-		if base != nil && copied < base.To-minPartSize {
-			t.Fatalf("size %d, base %+v: %d bytes copied", size, base, copied)
+		if copied < atLeast {
+			t.Fatalf("size %d: %d bytes copied, want at least %d", size, copied, atLeast)
 		}
+	}
+}
+
+// What moved within the object is copied from where it lay.
+func TestBaseMoved(t *testing.T) {
+	s := newStore(t, nil)
+	old := noise(40 << 20)
+	replace(t, s, old)
+	w := tap(s)
+	const mib = 1 << 20
+	body := slices.Concat(noise(6*mib), old[3*mib+1:12*mib], old[20*mib:20*mib+99], noise(100), old[21*mib:40*mib], noise(7))
+	same := []Range{{3*mib + 1, 6 * mib, 9*mib - 1}, {20 * mib, 15*mib - 1, 99}, {21 * mib, 15*mib + 198, 19 * mib}}
+	_, err := s.Put(t.Context(), Object{Key: "new", Body: bytes.NewReader(body), Size: int64(len(body)), Base: &Base{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: same}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w.calls["copy"] != 2 || w.sent != 11*mib+7 {
+		t.Errorf("%v requests, %d bytes sent", w.calls, w.sent)
+	}
+	if !bytes.Equal(get(t, s, "new"), body) {
+		t.Error("the object has other content")
 	}
 }
 

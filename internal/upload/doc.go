@@ -22,9 +22,9 @@
 //
 // # What is not sent
 //
-// With a [Base], an object in the same bucket that has some of the same bytes at
-// the same offsets, the store copies those (UploadPartCopy) in a few large ranges
-// and only the rest travels. Nothing the store says of the base is relied on:
+// With a [Base], an object in the same bucket that has some of the same bytes,
+// the store copies those (UploadPartCopy) in a few large ranges and only the
+// rest travels. Nothing the store says of the base is relied on:
 // the ETag of each part it makes must be the MD5 of the same range of the body.
 // What cannot be copied, for whatever reason, is sent.
 //

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -33,14 +34,20 @@ type Object struct {
 	Confirm func(context.Context) error
 }
 
-// Base is an object in the same bucket that has some of the same bytes at the
-// same offsets, which the store can copy itself. It is used only when it is found
-// there with its size and MD5, and what is copied is compared with the body.
+// Base is an object in the same bucket that has some of the same bytes, which the
+// store can copy itself. It is used only when it is found there with its size and
+// MD5, and what is copied is compared with the body.
 type Base struct {
-	Key      string
-	Size     int64
-	MD5      string // "" for that of the object to store, whose content it has
-	From, To int64  // the same bytes; From is less than 5 MiB
+	Key  string
+	Size int64
+	MD5  string  // "" for that of the object to store, whose content it has
+	Same []Range // in ascending order of To, apart from each other there
+}
+
+// Range is a range of the base's object that stands in the new one.
+type Range struct {
+	From, To int64 // offsets in the base and in the new object
+	N        int64
 }
 
 // afterwards is the context for cleaning up after a failure: bounded, and
@@ -152,7 +159,7 @@ func partSizeFor(size, smallest int64) (int64, error) {
 // putParts uploads in parts and returns how many bytes it had to send.
 func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (sent int64, err error) {
 	op := "upload " + s.URL(o.Key)
-	size, err := partSizeFor(o.Size+o.Size/1000, s.partSize) // ranges that are copied end in short parts
+	size, err := partSizeFor(o.Size+o.Size/5, s.partSize) // ranges begin and end with short parts
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", op, err)
 	}
@@ -187,13 +194,13 @@ func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (se
 // usable returns the object's base if copying from it can work and pays.
 func (s *S3) usable(ctx context.Context, o Object) *Base {
 	b := o.Base
-	if b == nil || b.To-b.head() < worthCopying {
+	if b == nil || !slices.ContainsFunc(cut(o.Size, s.partSize, b), func(p piece) bool { return p.copied }) {
 		return nil
 	}
 	info, err := s.Head(ctx, b.Key)
 	switch {
 	case err != nil:
-	case info.Size != b.Size || info.Metadata["md5sum"] != cmp.Or(b.MD5, o.MD5) || b.To > info.Size:
+	case info.Size != b.Size || info.Metadata["md5sum"] != cmp.Or(b.MD5, o.MD5):
 		err = errors.New("it is another object by now")
 	default:
 		return b

@@ -23,11 +23,14 @@ import (
 // Copies of ranges: few and large, because stores really copy, and each request
 // has its own cost there.
 const (
-	worthCopying = minPartSize // less is not worth the requests
-	copyEach     = 32 << 20    // what one of several requests copies at least
-	copyRequests = 4           // as long as none copies more than copyMost
-	copyMost     = 4 << 30     // S3 allows 5 GiB
+	copyEach     = 32 << 20 // what one of several requests for a range copies at least
+	copyRequests = 4        // as long as none copies more than copyMost
+	copyMost     = 4 << 30  // S3 allows 5 GiB
+	mostRanges   = 512      // so that the parts' numbers suffice
 )
+
+// worthCopying is the shortest range of an object that is copied.
+func worthCopying(size int64) int64 { return max(minPartSize, size/mostRanges) }
 
 // piece is a range of the body that becomes a part. One that is copied can be
 // longer than a part; its number stands for as many as it would be if sent.
@@ -35,46 +38,46 @@ type piece struct {
 	number int32
 	off, n int64
 	copied bool
+	from   int64 // where it lies in the base, if it is copied
 }
 
-// head is how much is sent before what is copied: the beginning that is not the
-// same, and as much more as a part must have.
-func (b *Base) head() int64 {
-	if b.From > 0 {
-		return minPartSize
-	}
-	return 0
-}
-
-// cut makes pieces of a body, no longer than part where they are sent. base may
-// be nil.
+// cut makes pieces of a body, of about a part where they are sent. base may be
+// nil. What is sent before a range must be as long as a part must be, and takes
+// what that lacks from the range.
 func cut(size, part int64, base *Base) []piece {
 	var list []piece
 	var off int64
 	number := int32(1)
-	take := func(n int64, copied bool) {
-		list = append(list, piece{number, off, n, copied})
-		off += n
-		number += int32((n + part - 1) / part)
-	}
 	if base != nil {
-		if n := base.head(); n > 0 {
-			take(n, false)
-		}
-		n := base.To - off
-		requests := max(min(n/copyEach, copyRequests), (n+copyMost-1)/copyMost, 1)
-		span := ((n+requests-1)/requests + part - 1) / part * part
-		for n > 0 {
-			step := min(span, n)
-			if n-step < part {
-				step = n
+		for _, r := range base.Same {
+			to := r.To
+			if to != off {
+				to = max(to, off+minPartSize)
 			}
-			take(step, true)
-			n -= step
+			n := r.To + r.N - to
+			if n < worthCopying(size) {
+				continue
+			}
+			if to > off {
+				sent := split(piece{number: number, off: off, n: to - off}, part)
+				list, off, number = append(list, sent...), to, number+int32(len(sent))
+			}
+			requests := max(min(n/copyEach, copyRequests), (n+copyMost-1)/copyMost, 1)
+			span := ((n+requests-1)/requests + part - 1) / part * part
+			for n > 0 {
+				step := min(span, n)
+				if n-step < part {
+					step = n
+				}
+				list = append(list, piece{number, off, step, true, off - r.To + r.From})
+				off, n, number = off+step, n-step, number+int32((step+part-1)/part)
+			}
 		}
 	}
-	for off < size {
-		take(min(part, size-off), false)
+	for ; off < size; number++ {
+		n := min(part, size-off)
+		list = append(list, piece{number: number, off: off, n: n})
+		off += n
 	}
 	return list
 }
@@ -207,7 +210,7 @@ func (t *transfer) copy(ctx context.Context, p piece) error {
 		return context.Cause(ctx)
 	}
 	t.s.log.Warn("a range of the old image is sent instead of copied in the store", "object", t.s.URL(t.o.Key),
-		"from", p.off, "bytes", p.n, "why", err)
+		"at", p.off, "bytes", p.n, "why", err)
 	for _, p := range split(p, t.part) {
 		if err := acquire(ctx, t.slots); err != nil {
 			return err
@@ -244,7 +247,7 @@ func (t *transfer) tryCopy(ctx context.Context, p piece) (etag string, err error
 
 // copyRange makes a part of a range of another object.
 func (s *S3) copyRange(ctx context.Context, source, key, id string, p piece) (etag string, err error) {
-	span := fmt.Sprintf("bytes=%d-%d", p.off, p.off+p.n-1)
+	span := fmt.Sprintf("bytes=%d-%d", p.from, p.from+p.n-1)
 	out, err := s.client.UploadPartCopy(withPatience(ctx, completePatience), &s3.UploadPartCopyInput{
 		Bucket: &s.bucket, Key: &key, UploadId: &id, PartNumber: &p.number, CopySource: &source, CopySourceRange: &span,
 	})
