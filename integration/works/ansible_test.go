@@ -14,7 +14,7 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
 )
 
-const ansibleRow = "ansible: facts, copy, template, apt, async, become, 10 forks"
+const ansibleRow = "ansible: facts, copy, template, apt, async, become, 50 forks"
 
 // play is what only a jail can get wrong; the rest of Ansible is tried in
 // internal/gateway.
@@ -58,11 +58,29 @@ const play = `
       failed_when: not r.stdout.startswith("job works\ncopied\nuid=0")
 `
 
-// ansible runs the play on one host, and a ping on ten at once.
-func (c *container) ansible(t *testing.T, pipelining string) {
+// forks is how many connections Ansible has to the job at once. With IMS_BUILDENV_SOAK=1 each also copies a file, which
+// takes as long again and more.
+const forks = 50
+
+const (
+	forksPlay = `
+- hosts: all
+  gather_facts: false
+  tasks:
+    - ping:
+      become: true
+`
+	forksCopy = `
+    - copy: {content: "{{ inventory_hostname }}", dest: "/root/from-{{ inventory_hostname }}"}
+      become: true
+`
+)
+
+// ansible runs the play on one host and, if many is set, one of few words on fifty at once.
+func (c *container) ansible(t *testing.T, pipelining string, many bool) {
 	dir := filepath.Join(c.dir, "ansible")
 	inventory := ""
-	for i := range 10 {
+	for i := range forks {
 		inventory += fmt.Sprintf("h%d ansible_host=job ansible_ssh_common_args='-F %s/ssh_config -o ControlPath=%s/cp-%d'\n", i, c.dir, c.dir, i)
 	}
 	if err := os.Mkdir(dir, 0o755); err != nil {
@@ -74,7 +92,7 @@ func (c *container) ansible(t *testing.T, pipelining string) {
 			t.Fatal(err)
 		}
 	}
-	ansible := func(pipelining string, args ...string) {
+	ansible := func(pipelining string, args ...string) string {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
@@ -86,8 +104,29 @@ func (c *container) ansible(t *testing.T, pipelining string) {
 		if err != nil || strings.Contains(string(out), "UNREACHABLE") {
 			t.Errorf("%q, pipelining %s: %v\n%s", args, pipelining, err, out)
 		}
+		return string(out)
 	}
 	// One transport per level: the levels differ in nothing that Ansible's transports could notice.
 	ansible(pipelining, "ansible-playbook", "-l", "h0", "play.yml")
-	ansible("True", "ansible", "-f", "10", "-m", "ping", "all")
+	if !many {
+		return
+	}
+	soak := os.Getenv("IMS_BUILDENV_SOAK") == "1"
+	few, want := forksPlay, "ok=1    changed=0    unreachable=0    failed=0"
+	if soak {
+		few, want = few+forksCopy, "ok=2    changed=1    unreachable=0    failed=0"
+	}
+	if err := os.WriteFile(filepath.Join(dir, "forks.yml"), []byte(few), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out := ansible("True", "ansible-playbook", "-f", fmt.Sprint(forks), "forks.yml")
+	if n := strings.Count(out, want); n != forks {
+		t.Errorf("%d of %d forks have done their work\n%s", n, forks, out)
+	}
+	for i := range forks {
+		name := fmt.Sprintf("h%d", i)
+		if got, err := os.ReadFile(filepath.Join(c.dir, "job/image-root/root/from-"+name)); soak && (err != nil || string(got) != name) {
+			t.Errorf("what %s copied: %q, %v", name, got, err)
+		}
+	}
 }

@@ -104,7 +104,7 @@ func TestWorks(t *testing.T) {
 				results[r.name] = append(results[r.name], verdict)
 			}
 			verdict := "works"
-			if !t.Run("ansible", func(t *testing.T) { c.ansible(t, map[bool]string{true: "True", false: "False"}[i == 0]) }) {
+			if !t.Run("ansible", func(t *testing.T) { c.ansible(t, map[bool]string{true: "True", false: "False"}[i == 0], i == 1) }) {
 				verdict = "FAILS"
 			}
 			results[ansibleRow] = append(results[ansibleRow], verdict)
