@@ -74,6 +74,7 @@ func TestCustomize(t *testing.T) {
 		t.Run(m.name+" by "+way, func(t *testing.T) {
 			t.Parallel()
 			j := s.create(t, m.order)
+			quiet := j.knock()
 			j.wait(ims.WaitingOnUser)
 			if log := j.log("prepare"); strings.Contains(log, "layout=layered") != m.dkms || !strings.Contains(log, " why=") {
 				t.Errorf("the root is to be layered where sshd may mount, and the log to say why:\n%s", log)
@@ -100,6 +101,7 @@ func TestCustomize(t *testing.T) {
 			j.sftp("put "+file+" "+j.inside("/var/by-sftp"), "ls "+j.inside("/boot"))
 			j.ssh(fmt.Sprintf("cd %s/ && rm var/empty && echo appended >> etc/os-release && ln usr/lib/text var/third-name && "+
 				"chmod 0700 var/lonely && ln -s /etc/shadow var/link", strings.TrimSuffix(j.inside("/"), "/")))
+			quiet()
 			flagMakers[way](j)
 			j.wait(ims.Success)
 			if codes := j.ends(); codes["prepare"] != 0 || codes["buildenv-sidecar"] != 0 || codes["sshd"] != 0 {

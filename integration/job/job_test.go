@@ -5,12 +5,16 @@ package job
 import (
 	"context"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
 )
@@ -110,6 +114,68 @@ func (j *job) wait(want ims.Status) {
 		}
 		return now.Status == want
 	})
+}
+
+// knock connects to the job's port again and again until the returned function is called. From the moment on that the
+// API says waiting_on_user every connection must be accepted and greeted: to CFS a refused one is a failed session.
+func (j *job) knock() (end func()) {
+	j.t.Helper()
+	stop, ended := make(chan struct{}), make(chan struct{})
+	before, after := 0, 0
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(20 * time.Millisecond)
+		defer tick.Stop()
+		for promised := false; ; {
+			if !promised {
+				now, err := j.w.ims.Job(j.t.Context(), j.ID)
+				promised = err == nil && now.Status == ims.WaitingOnUser
+			}
+			err := greeted(j.port)
+			switch {
+			case promised && err != nil:
+				j.t.Errorf("connection %d after waiting_on_user: %v", after, err)
+				return
+			case promised:
+				after++
+			case err != nil:
+				before++
+			}
+			select {
+			case <-stop:
+				return
+			case <-j.t.Context().Done():
+				return
+			case <-tick.C:
+			}
+		}
+	}()
+	j.t.Cleanup(func() { <-ended })
+	return func() {
+		j.t.Helper()
+		close(stop)
+		<-ended
+		if before == 0 || after == 0 {
+			j.t.Errorf("%d refused connections before waiting_on_user and %d good ones after it show nothing", before, after)
+		}
+	}
+}
+
+// greeted connects to a port of the machine and reads the first of what an SSH server says.
+func greeted(port int) error {
+	nc, err := net.DialTimeout("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), patience)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	if err := nc.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	banner := make([]byte, len("SSH-2.0-"))
+	if _, err := io.ReadFull(nc, banner); err != nil || string(banner) != "SSH-2.0-" {
+		return fmt.Errorf("greeted with %q: %v", banner, err)
+	}
+	return nil
 }
 
 // statuses are all that the job was given, in order.
