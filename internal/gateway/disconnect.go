@@ -70,6 +70,9 @@ const disconnect = "ssh: disconnect, reason "
 
 // cause says who ended a connection that we did not end.
 func (c *conn) cause() (closer, string) {
+	if c.ctx == nil { // it did not get as far as the SSH library
+		return byClient, leftEarly
+	}
 	sc, ok := c.ctx.Value(gssh.ContextKeyConn).(*ssh.ServerConn)
 	if !ok {
 		return byClient, leftEarly

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -238,8 +239,19 @@ func (r *recording) stop() {
 	r.signal()
 }
 
+// contain turns a panic into the end of the recording; the session goes on.
+func (r *recording) contain() {
+	if p := recover(); p != nil {
+		r.log.Error("panic in recording", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+		r.mu.Lock()
+		r.ended, r.queue = true, nil
+		r.mu.Unlock()
+	}
+}
+
 // write writes the file until the recording has ended.
 func (r *recording) write(head castHeader) {
+	defer r.contain()
 	w := &castWriter{file: r.file, total: &r.rec.total, began: r.began}
 	err := w.line(head)
 	for ended := false; err == nil && !ended; {

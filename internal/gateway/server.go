@@ -127,6 +127,7 @@ func (s *server) handle(nc net.Conn) {
 		nc = newPromptAcks(t)
 	}
 	c := newConn(s, nc)
+	defer c.guard("the end of a connection")
 	s.add(c)
 	defer s.remove(c)
 	defer c.guard("connection")
@@ -374,7 +375,10 @@ func (c *conn) keepAlive(sc ssh.Conn, every time.Duration, most int) {
 			c.end(fmt.Sprintf("ClientAliveCountMax: no sign of life for %s", time.Duration(silent)*every))
 			return
 		}
-		go sc.SendRequest("keepalive@openssh.com", true, nil) // returns with the answer or the connection
+		go func() {
+			defer c.guard("keepalive")
+			sc.SendRequest("keepalive@openssh.com", true, nil) // returns with the answer or the connection
+		}()
 	}
 }
 

@@ -408,6 +408,7 @@ func (ss *session) run(proc process, stdin *os.File, tty bool) {
 	}()
 	ended := make(chan struct{})
 	go func() {
+		defer ss.c.guard("signal")
 		for {
 			select {
 			case sig := <-ss.signals:
@@ -421,8 +422,8 @@ func (ss *session) run(proc process, stdin *os.File, tty bool) {
 	}()
 	go func() {
 		defer ss.c.guard("session end")
+		defer close(ended)
 		ss.wait(proc, stdin, tty)
-		close(ended)
 	}()
 }
 
@@ -551,8 +552,9 @@ func (ss *session) hangUp(why string) {
 	}
 	told := make(chan struct{})
 	go func() {
+		defer ss.c.guard("hang-up")
+		defer close(told)
 		fmt.Fprintf(ss.out, "\r\n%s\r\n", why)
-		close(told)
 	}()
 	select {
 	case <-told:

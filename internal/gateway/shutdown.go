@@ -44,7 +44,10 @@ func (s *server) hangUp(why string) {
 	var wg sync.WaitGroup
 	for _, c := range s.snapshot() {
 		for _, ss := range c.sessionList() {
-			wg.Go(func() { ss.hangUp(why) })
+			wg.Go(func() {
+				defer c.guard("hang-up")
+				ss.hangUp(why)
+			})
 		}
 	}
 	wg.Wait()

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -235,6 +236,11 @@ func (s *server) serveStatus(l net.Listener, job string) {
 }
 
 func (s *server) answerStatus(c net.Conn, job string) error {
+	defer func() {
+		if p := recover(); p != nil { // the sessions are not to suffer from somebody who looks at them
+			s.log.Error("panic in status socket", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+		}
+	}()
 	if err := c.SetDeadline(time.Now().Add(statusTimeout)); err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -418,6 +419,14 @@ func (s *supervisor) refuse(id uint32, err error) {
 	s.answer(opFailed, id, &failedMsg{text: err.Error()})
 }
 
+// contain turns a panic into the refusal of the one request that met it: the other sessions end with this process.
+func (s *supervisor) contain(id uint32) {
+	if p := recover(); p != nil {
+		fmt.Fprintf(os.Stderr, "panic in request %d: %v\n%s", id, p, debug.Stack())
+		s.refuse(id, fmt.Errorf("internal error: %v", p))
+	}
+}
+
 // serve handles requests until the gateway closes the socket, then ends everything in the jail.
 func (s *supervisor) serve() error {
 	err := s.requests()
@@ -473,6 +482,7 @@ func (s *supervisor) handle(p packet) error {
 			return err
 		}
 		go func() {
+			defer s.contain(p.id)
 			ok, err := regularInRoot(s.root, m.s)
 			if err != nil {
 				s.refuse(p.id, err)

@@ -164,3 +164,23 @@ func TestConnHostile(t *testing.T) {
 		}
 	}
 }
+
+// A panic in one request is that request's failure; init, and every other session with it, lives on.
+func TestPanicInRequest(t *testing.T) {
+	gateway, end := connPair(t)
+	s := &supervisor{conn: end, onMain: make(chan func())}
+	go func() { (<-s.onMain)() }()
+	for id, cause := range []func(){
+		func() { s.spawn(0, nil, nil) },
+		func() { s.start(1, func() (int, error) { panic("a fault") }, Greeting{}, nil, nil, nil) },
+	} {
+		cause()
+		p, err := gateway.recv()
+		if err != nil || p.op != opFailed || p.id != uint32(id) || !bytes.Contains(p.body, []byte("internal error")) {
+			t.Errorf("request %d: %+v, %v", id, p, err)
+		}
+	}
+	if !s.mu.TryLock() {
+		t.Error("the lock is held")
+	}
+}

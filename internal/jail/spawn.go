@@ -27,6 +27,7 @@ var errStopping = errors.New("the jail is being stopped")
 
 // spawn starts one command and answers started, or failed if that is not the user's fault.
 func (s *supervisor) spawn(id uint32, m *spawnMsg, files []*os.File) {
+	defer s.contain(id)
 	defer func() {
 		for _, f := range files {
 			f.Close()
@@ -93,6 +94,7 @@ func (s *supervisor) start(id uint32, fork func() (int, error), hello Greeting, 
 	done := make(chan struct{})
 	s.onMain <- func() {
 		defer close(done)
+		defer s.contain(id)
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		defer func() { tty.Close() }() // a nil one, too
