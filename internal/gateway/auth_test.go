@@ -303,21 +303,29 @@ func TestClientAlive(t *testing.T) {
 	j := start(t, options{config: "ClientAliveInterval 1\nClientAliveCountMax 2"})
 	living := j.dial()
 	execute(t, living, "true")
-	nc, err := net.Dial("tcp", j.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
+	// Two peers that are switched off: one that ran a command, and one that logged in and did nothing, as ssh -N does.
 	stop := make(chan struct{})
-	sc, chans, reqs, err := ssh.NewClientConn(frozen{nc, stop}, j.addr, &ssh.ClientConfig{
-		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(j.key)}, HostKeyCallback: ssh.InsecureIgnoreHostKey(),
-	})
-	if err != nil {
-		t.Fatal(err)
+	for i := range 2 {
+		nc, err := net.Dial("tcp", j.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		sc, chans, reqs, err := ssh.NewClientConn(frozen{nc, stop}, j.addr, &ssh.ClientConfig{
+			User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(j.key)}, HostKeyCallback: ssh.InsecureIgnoreHostKey(),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := ssh.NewClient(sc, chans, reqs)
+		if i == 0 {
+			execute(t, c, "true")
+		}
 	}
-	execute(t, ssh.NewClient(sc, chans, reqs), "true")
 	close(stop)
-	j.awaitLog("ClientAliveCountMax: no sign of life for 3s")
+	eventually(t, "both are given up", func() bool {
+		return strings.Count(j.log.String(), "ClientAliveCountMax: no sign of life for 3s") == 2
+	})
 	if out, code := execute(t, living, "echo alive"); out != "alive\n" || code != 0 {
 		t.Errorf("a silent client that answers: %q, %d", out, code)
 	}

@@ -218,7 +218,6 @@ func (s *server) channel(h func(*conn, *ssh.ServerConn, ssh.NewChannel)) gssh.Ch
 	return func(_ *gssh.Server, sc *ssh.ServerConn, nc ssh.NewChannel, ctx gssh.Context) {
 		c := ctx.Value(connKey{}).(*conn)
 		defer c.guard("channel " + quoteShort(nc.ChannelType()))
-		c.startKeepAlive(sc)
 		h(c, sc, nc)
 	}
 }
@@ -240,7 +239,6 @@ type conn struct {
 	ctx    gssh.Context // of the SSH library, once it has the connection
 	opened time.Time
 	ids    atomic.Uint64 // of its sessions
-	alive  sync.Once     // starts keepAlive
 	gone   chan struct{} // closed when the connection is over
 	in     atomic.Int64  // bytes read from the client
 
@@ -333,6 +331,9 @@ func (c *conn) loggedIn(l *login, client string) {
 	c.mu.Unlock()
 	c.srv.seen.logins.Inc()
 	c.srv.authenticated(c)
+	if every := c.srv.set.ClientAliveInterval; every > 0 {
+		go c.keepAlive(every, c.srv.set.ClientAliveCountMax)
+	}
 }
 
 func (c *conn) isOpenSSH() bool {
@@ -347,20 +348,15 @@ func (c *conn) noMoreSessions() {
 	c.noMore = true
 }
 
-// startKeepAlive starts keepAlive with the first channel or forwarding.
-func (c *conn) startKeepAlive(sc ssh.Conn) {
-	if every := c.srv.set.ClientAliveInterval; every > 0 {
-		c.alive.Do(func() { go c.keepAlive(sc, every, c.srv.set.ClientAliveCountMax) })
-	}
-}
-
 // keepAlive asks a client that is silent for an answer, and gives it up after more than most
-// intervals without a byte (ClientAliveInterval and ClientAliveCountMax; 0: never).
-func (c *conn) keepAlive(sc ssh.Conn, every time.Duration, most int) {
+// intervals without a byte (ClientAliveInterval and ClientAliveCountMax; 0: never). It begins with the
+// login: ssh -N -L opens no channel for hours.
+func (c *conn) keepAlive(every time.Duration, most int) {
 	defer c.guard("keepalive")
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	var seen int64
+	var asking atomic.Bool // one question at a time: a peer that is gone for long must not collect them
 	for silent := 0; ; {
 		select {
 		case <-c.gone:
@@ -375,10 +371,14 @@ func (c *conn) keepAlive(sc ssh.Conn, every time.Duration, most int) {
 			c.end(fmt.Sprintf("ClientAliveCountMax: no sign of life for %s", time.Duration(silent)*every))
 			return
 		}
-		go func() {
-			defer c.guard("keepalive")
-			sc.SendRequest("keepalive@openssh.com", true, nil) // returns with the answer or the connection
-		}()
+		// The SSH library has the connection a moment after the login.
+		if sc, ok := c.ctx.Value(gssh.ContextKeyConn).(ssh.Conn); ok && asking.CompareAndSwap(false, true) {
+			go func() {
+				defer c.guard("keepalive")
+				sc.SendRequest("keepalive@openssh.com", true, nil) // returns with the answer or the connection
+				asking.Store(false)
+			}()
+		}
 	}
 }
 

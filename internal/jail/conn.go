@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -35,7 +36,17 @@ type conn struct {
 	c   *net.UnixConn
 	buf []byte
 	oob []byte
+
+	// limit bounds how long a send waits for room, 0: for ever; meanwhile stuck is called again and again.
+	limit time.Duration
+	stuck func()
 }
+
+// stuckEvery is how often stuck is called.
+const stuckEvery = 100 * time.Millisecond
+
+// errStuck is what a send returns after its limit.
+var errStuck = errors.New("the other end takes nothing: it is stopped or hangs")
 
 // message is a body that knows its wire form.
 type message interface {
@@ -84,15 +95,39 @@ func (c *conn) send(o op, id uint32, m message, files ...*os.File) error {
 		}
 		oob = unix.UnixRights(fds...)
 	}
+	until := time.Now().Add(c.limit) // those who wait for the lock wait no longer than those who wait for room
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, _, err := c.c.WriteMsgUnix(e.b, oob, nil); err != nil {
+	if err := c.write(e.b, oob, until); err != nil {
 		return fmt.Errorf("send: %w", err)
 	}
 	for _, f := range files {
 		runtime.KeepAlive(f)
 	}
 	return nil
+}
+
+// write writes one packet, whole or not at all; the caller holds mu.
+func (c *conn) write(b, oob []byte, until time.Time) error {
+	for {
+		if c.limit > 0 {
+			try := time.Now().Add(stuckEvery)
+			if try.After(until) {
+				try = until
+			}
+			if err := c.c.SetWriteDeadline(try); err != nil {
+				return err
+			}
+		}
+		_, _, err := c.c.WriteMsgUnix(b, oob, nil)
+		if c.limit == 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		c.stuck()
+		if !time.Now().Before(until) {
+			return fmt.Errorf("%w, for %s", errStuck, c.limit)
+		}
+	}
 }
 
 // recv reads one message; io.EOF when the other end is gone.

@@ -8,6 +8,8 @@ import (
 	"io"
 	"os"
 	"reflect"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -182,5 +184,36 @@ func TestPanicInRequest(t *testing.T) {
 	}
 	if !s.mu.TryLock() {
 		t.Error("the lock is held")
+	}
+}
+
+// A send to an end that takes nothing ends, for all who wait to send, and in the meantime the end is woken.
+func TestStuck(t *testing.T) {
+	a, b := connPair(t)
+	woken := 0
+	a.limit, a.stuck = 3*stuckEvery, func() { woken++ }
+	long := &stringMsg{s: string(make([]byte, maxPacket/2))}
+	var wg sync.WaitGroup
+	var stuck atomic.Int32
+	for range 20 { // more than the kernel holds
+		wg.Go(func() {
+			if err := a.send(opExists, 1, long); errors.Is(err, errStuck) {
+				stuck.Add(1)
+			} else if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if stuck.Load() == 0 || woken < 2 {
+		t.Errorf("%d sends were stuck, and %d times the other end was woken", stuck.Load(), woken)
+	}
+	for range 20 - stuck.Load() { // what was sent is whole
+		if p, err := b.recv(); err != nil || len(p.body) < maxPacket/2 {
+			t.Fatalf("%d bytes, %v", len(p.body), err)
+		}
+	}
+	if err := a.send(opExists, 1, long); err != nil {
+		t.Errorf("there is room again: %v", err)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -188,6 +189,7 @@ func (j *Jail) startInit(ctx context.Context, setup setupMsg, lent []*os.File) e
 		return err
 	}
 	go j.trace.read(errR)
+	j.conn.limit, j.conn.stuck = initLimit, func() { _ = j.proc.Signal(unix.SIGCONT) } // await says who may have stopped it
 
 	stop := context.AfterFunc(ctx, func() { j.kill(ctx.Err()) })
 	defer stop()
@@ -273,6 +275,9 @@ func (j *Jail) fork(socket, stderr *os.File, namespaces uintptr) error {
 	}()
 	return <-started
 }
+
+// initLimit is how long init may take nothing. It hands everything that takes time to goroutines of its own.
+const initLimit = 10 * time.Second
 
 // kill ends init, and with it the jail, because of err; nil means that the reason is what init says itself. A connection
 // closed by Stop is no reason.

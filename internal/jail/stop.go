@@ -39,6 +39,10 @@ func (j *Jail) stop(ctx context.Context, grace time.Duration) (killed []string, 
 	})
 	defer stopHurry()
 
+	// An init that hangs ends nobody: it is killed, and what it leaves is hunted from here.
+	hung := time.AfterFunc(max(grace, 0)+2*killWait, func() { _ = j.proc.Kill() })
+	defer hung.Stop()
+
 	var errs []error
 	answer, err := j.request(opStop, &numberMsg{n: uint64(max(grace, 0) / time.Millisecond)}, nil)
 	if err == nil {
@@ -57,7 +61,7 @@ func (j *Jail) stop(ctx context.Context, grace time.Duration) (killed []string, 
 	select {
 	case <-j.done:
 	case <-time.After(killWait):
-		if j.level != Namespaces {
+		if j.level != Namespaces && err == nil {
 			// Init still hunts; without it nobody would.
 			errs = append(errs, errors.New("sessions do not end"))
 			break
