@@ -35,7 +35,7 @@ var attempts = []struct {
 	{"open a namespace by file handle", tryNamespaceHandle},
 	{"device node", tryDeviceNode},
 	{"existing device nodes", tryDeviceFiles},
-	{"load a kernel module", tryModule},
+	{"load a kernel module or a kernel", tryModule},
 	{"kernel controls", tryKernel},
 	{"writable /proc and /sys", tryKernelFiles},
 	{"chroot and walk up", tryChroot},
@@ -405,11 +405,25 @@ func tryDeviceFiles(*probeArgs) (bool, string) {
 	return false, fmt.Sprintf("%d looked at", n)
 }
 
+// tryModule takes nothing but the filter's answer: kernels without modules have another one, and it proves nothing.
 func tryModule(*probeArgs) (bool, string) {
-	if escaped, detail := refused(unix.InitModule([]byte("no module"), "")); escaped {
-		return true, detail
+	none := ^uintptr(0)
+	for _, call := range []struct {
+		name string
+		nr   uintptr
+		args [3]uintptr
+	}{
+		{"init_module", unix.SYS_INIT_MODULE, [3]uintptr{}},
+		{"finit_module", unix.SYS_FINIT_MODULE, [3]uintptr{none}},
+		{"delete_module", unix.SYS_DELETE_MODULE, [3]uintptr{}},
+		{"kexec_load", unix.SYS_KEXEC_LOAD, [3]uintptr{0, none}},
+		{"kexec_file_load", unix.SYS_KEXEC_FILE_LOAD, [3]uintptr{none, none}},
+	} {
+		if _, _, errno := unix.Syscall6(call.nr, call.args[0], call.args[1], call.args[2], none, none, none); errno != unix.EPERM {
+			return true, fmt.Sprintf("%s is not filtered: %v", call.name, failure(errno))
+		}
 	}
-	return refused(unix.FinitModule(-1, "", 0))
+	return false, unix.EPERM.Error()
 }
 
 // tryKernel makes calls that stop at the missing capability; if it is there, they stop at their bad arguments.

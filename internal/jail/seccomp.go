@@ -15,6 +15,7 @@ type abi struct {
 	clone, unshare uint32 // their first argument is the flags
 	clone3         uint32
 	unwanted       []uint32
+	forbidden      []uint32
 	setuid         [3]uint32 // setuid, setreuid, setresuid: as many arguments as their place says
 	setuid16       []uint32  // the same with ids of 16 bits, which no C library has used since 2001
 }
@@ -27,27 +28,33 @@ const newUser = unix.CLONE_NEWUSER
 // node, and bpf, performance counters, userfaultfd and io_uring are of no use to an installation and of much to an
 // attacker. Root owns, and may join with setns, every user namespace that the node's root made; since Linux 6.18 it needs
 // no process there to find it, only a guessed file handle. Container runtimes' default profiles refuse the same ones.
+// Those that load code into the kernel or instead of it take capabilities that no session has; they are forbidden here as
+// well, in the words of a missing capability, so that nothing hangs on the one.
 // Numbers: arch/*/syscalls in the kernel; those of io_uring are the same everywhere.
 var (
 	abiX8664 = abi{
 		audit: unix.AUDIT_ARCH_X86_64, clone: 56, unshare: 272, clone3: 435,
-		unwanted: []uint32{248, 249, 250, 321, 298, 323, 425, 426, 427, 304, 308}, // add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_* open_by_handle_at setns
-		setuid:   [3]uint32{105, 113, 117},
+		unwanted:  []uint32{248, 249, 250, 321, 298, 323, 425, 426, 427, 304, 308}, // add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_* open_by_handle_at setns
+		forbidden: []uint32{175, 313, 176, 246, 320},                               // init_module finit_module delete_module kexec_load kexec_file_load
+		setuid:    [3]uint32{105, 113, 117},
 	}
 	abiI386 = abi{
 		audit: unix.AUDIT_ARCH_I386, clone: 120, unshare: 310, clone3: 435,
-		unwanted: []uint32{286, 287, 288, 357, 336, 374, 425, 426, 427, 342, 346},
-		setuid:   [3]uint32{213, 203, 208}, setuid16: []uint32{23, 70, 164},
+		unwanted:  []uint32{286, 287, 288, 357, 336, 374, 425, 426, 427, 342, 346},
+		forbidden: []uint32{128, 350, 129, 283},
+		setuid:    [3]uint32{213, 203, 208}, setuid16: []uint32{23, 70, 164},
 	}
 	abiARM64 = abi{
 		audit: unix.AUDIT_ARCH_AARCH64, clone: 220, unshare: 97, clone3: 435,
-		unwanted: []uint32{217, 218, 219, 280, 241, 282, 425, 426, 427, 265, 268},
-		setuid:   [3]uint32{146, 145, 147},
+		unwanted:  []uint32{217, 218, 219, 280, 241, 282, 425, 426, 427, 265, 268},
+		forbidden: []uint32{105, 273, 106, 104, 294},
+		setuid:    [3]uint32{146, 145, 147},
 	}
 	abiARM = abi{
 		audit: unix.AUDIT_ARCH_ARM, clone: 120, unshare: 337, clone3: 435,
-		unwanted: []uint32{309, 310, 311, 386, 364, 388, 425, 426, 427, 371, 375},
-		setuid:   [3]uint32{213, 203, 208}, setuid16: []uint32{23, 70, 164},
+		unwanted:  []uint32{309, 310, 311, 386, 364, 388, 425, 426, 427, 371, 375},
+		forbidden: []uint32{128, 379, 129, 347, 401},
+		setuid:    [3]uint32{213, 203, 208}, setuid16: []uint32{23, 70, 164},
 	}
 )
 
@@ -98,6 +105,10 @@ func filterProgram(tables []abi, shield int) []unix.SockFilter {
 		for _, nr := range unwanted {
 			emit(jumpEqual, nr, 0, 1)
 			emit(ret, retNosys, 0, 0)
+		}
+		for _, nr := range a.forbidden {
+			emit(jumpEqual, nr, 0, 1)
+			emit(ret, retEPERM, 0, 0)
 		}
 		for i, nr := range a.setuid {
 			if shield == 0 {
