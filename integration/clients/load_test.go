@@ -5,10 +5,12 @@ package clients
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -271,4 +273,55 @@ func TestSoak(t *testing.T) {
 	if after.rss > before.rss+16<<10 || after.initRSS > before.initRSS+8<<10 {
 		t.Errorf("memory grew from %d and %d KiB to %d and %d", before.rss, before.initRSS, after.rss, after.initRSS)
 	}
+}
+
+// What ends well once in a hundred times too early shows in a loop only: a transfer whose channel closes before its exit
+// status, a burst of output whose tail is lost.
+func TestRepeated(t *testing.T) {
+	loops := 15
+	if soak() {
+		loops = 500
+	}
+	g := common(t, chroot)
+	here, there := g.space(t)
+	local := t.TempDir()
+	const workers = 3
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			c := g.dial(t)
+			for i := w; i < loops; i += workers {
+				from, to, back := fmt.Sprintf("%s/from-%d", local, w), fmt.Sprintf("to-%d", w), fmt.Sprintf("%s/back-%d", local, w)
+				data := noise(i * 7919) // around the sizes of packets and windows, from nothing to megabytes
+				save(t, from, data)
+				batch := fmt.Sprintf("%s/batch-%d", local, w)
+				save(t, batch, fmt.Appendf(nil, "put %s %s/%s\nget %[2]s/%[3]s %[4]s\n", from, there, to, back))
+				for _, cmd := range []*exec.Cmd{
+					g.tool(t, "sftp", "-q", "-b", batch, "job"),
+					g.tool(t, "scp", "-q", "-s", from, "job:"+there+"/"+to+".s"),
+					g.tool(t, "scp", "-q", "-O", "job:"+there+"/"+to, back+".O"),
+				} {
+					if out, errs, code := run(t, cmd); code != 0 {
+						t.Errorf("loop %d: %s: exit %d\n%s%s", i, cmd, code, out, errs)
+					}
+				}
+				for _, copied := range []string{back, back + ".O", filepath.Join(here, to), filepath.Join(here, to+".s")} {
+					same(t, copied, data)
+				}
+				burst := 10 << 20
+				s, err := c.NewSession()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				var got counter
+				s.Stdout = &got
+				var exit *ssh.ExitError
+				if err := s.Run(fmt.Sprintf("head -c %d /dev/zero; exit 3", burst)); !errors.As(err, &exit) || exit.ExitStatus() != 3 || int(got) != burst {
+					t.Errorf("burst %d: %d bytes of %d, %v", i, got, burst, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
