@@ -7,10 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -372,29 +370,6 @@ func TestResize(t *testing.T) {
 // newProbe sends a request that is refused, and so tells when those before it were handled.
 func newProbe(s *ssh.Session) (bool, error) { return s.SendRequest("probe@test", true, nil) }
 
-// Closing the channel of a terminal hangs it up.
-func TestHangUp(t *testing.T) {
-	j := start(t, options{})
-	c := j.dial()
-	s := newSession(t, c)
-	if err := s.RequestPty("xterm", 24, 80, nil); err != nil {
-		t.Fatal(err)
-	}
-	mark := filepath.Join(t.TempDir(), "mark")
-	out, _ := s.StdoutPipe()
-	if err := s.Start(fmt.Sprintf("trap 'echo HUP > %s; exit' HUP; echo ready; while :; do sleep 0.1; done", mark)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(out, make([]byte, 6)); err != nil {
-		t.Fatal(err)
-	}
-	s.Close()
-	eventually(t, "the trap has run", func() bool { got, _ := os.ReadFile(mark); return string(got) == "HUP\n" })
-	if out, code := execute(t, c, "echo alive"); out != "alive\n" || code != 0 {
-		t.Errorf("another session on the connection: %q, %d", out, code)
-	}
-}
-
 func TestOneCommandPerChannel(t *testing.T) {
 	j := start(t, options{})
 	ch, reqs, err := j.dial().OpenChannel("session", nil)
@@ -483,88 +458,4 @@ func TestRefusedChannelsAndRequests(t *testing.T) {
 	if _, err := c.NewSession(); err == nil {
 		t.Error("a session was opened after no-more-sessions")
 	}
-}
-
-// held is what the gateway of this process and its jail's init hold.
-type held struct{ goroutines, files, initFiles, children int }
-
-func holds(t *testing.T) held {
-	t.Helper()
-	count := func(dir string) int { d, _ := os.ReadDir(dir); return len(d) }
-	h := held{goroutines: runtime.NumGoroutine(), files: count("/proc/self/fd")}
-	below := func(pid string) (pids []string) {
-		tasks, _ := filepath.Glob("/proc/" + pid + "/task/*/children")
-		for _, f := range tasks {
-			b, _ := os.ReadFile(f)
-			pids = append(pids, strings.Fields(string(b))...)
-		}
-		return pids
-	}
-	for _, init := range below("self") {
-		h.children += 1 + len(below(init))
-		h.initFiles += count("/proc/" + init + "/fd")
-	}
-	return h
-}
-
-// Commands that ran, and clients that broke off anywhere, leave no goroutine, descriptor or process behind. The numbers of
-// a long job are tried by integration/clients (IMS_BUILDENV_SOAK=1).
-func TestManyConnectionsLeaveNothing(t *testing.T) {
-	j := start(t, options{})
-	j.awaitLog("waiting for the user")
-	many := func(execs, aborts int) {
-		c, err := j.dialAs("root", j.key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		for range execs {
-			if out, code := execute(t, c, "echo x"); out != "x\n" || code != 0 {
-				t.Fatalf("%q, %d", out, code)
-			}
-		}
-		for i := range aborts {
-			nc, err := net.Dial("tcp", j.addr)
-			if err != nil {
-				t.Fatal(err)
-			}
-			nc.(*net.TCPConn).SetLinger(0) // a reset
-			switch i % 4 {
-			case 0:
-				io.WriteString(nc, "SSH-2.0-Bro")
-			case 1:
-				io.WriteString(nc, "SSH-2.0-OpenSSH_9.2\r\n\x00\x00\x04\x00\x06\x14half a packet")
-				io.ReadFull(nc, make([]byte, 40))
-			default:
-				sc, chans, reqs, err := ssh.NewClientConn(nc, j.addr, &ssh.ClientConfig{User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(j.key)},
-					HostKeyCallback: ssh.InsecureIgnoreHostKey()})
-				if err != nil {
-					t.Fatal(err)
-				}
-				s := newSession(t, ssh.NewClient(sc, chans, reqs))
-				if i%4 == 3 {
-					if err := s.RequestPty("xterm", 24, 80, nil); err != nil {
-						t.Fatal(err)
-					}
-				}
-				if err := s.Start("cat"); err != nil {
-					t.Fatal(err)
-				}
-			}
-			nc.Close()
-		}
-	}
-	first := holds(t)
-	var before, after held
-	defer func() { t.Logf("first %+v, before %+v, after %+v", first, before, after) }()
-	many(20, 8) // what init opens for the first of them is kept for the next
-	eventually(t, "quiet", func() bool {
-		before = holds(t)
-		return before.goroutines <= first.goroutines && before.files <= first.files && before.children == first.children
-	})
-	many(500, 200)
-	eventually(t, "all is given back", func() bool {
-		after = holds(t)
-		return after.goroutines <= before.goroutines && after.files <= before.files && after.initFiles <= before.initFiles && after.children <= before.children
-	})
 }
