@@ -28,9 +28,12 @@ func (a *algorithms) accepts(key ssh.PublicKey, signature string) bool {
 	return slices.Contains(a.accepted, signature)
 }
 
+// certSuffix is what distinguishes the name of an algorithm for certificates.
+const certSuffix = "-cert-v01@openssh.com"
+
 // certAlgorithm is the name of a signature algorithm for certificates (PROTOCOL.certkeys).
 func certAlgorithm(signature string) string {
-	return strings.TrimSuffix(signature, "@openssh.com") + "-cert-v01@openssh.com"
+	return strings.TrimSuffix(signature, "@openssh.com") + certSuffix
 }
 
 // chooseAlgorithms offers what the SSH library holds secure, less HMAC-SHA1 and key exchange

@@ -38,6 +38,7 @@ func (s *server) forwarding(h func(*forwards, *ssh.ServerConn, *login, *ssh.Requ
 		c := ctx.Value(connKey{}).(*conn)
 		defer c.forwards.contain("global request", func() {})
 		sc := ctx.Value(gssh.ContextKeyConn).(*ssh.ServerConn)
+		c.announceHostKeys(sc)
 		err := errors.New("this connection has not logged in")
 		if l, ok := sc.Permissions.ExtraData[loginKey{}].(*login); ok {
 			answer, err = h(c.forwards, sc, l, req)

@@ -31,6 +31,8 @@ type server struct {
 	algs algorithms
 	seen *metrics
 
+	hostKeys []ssh.Signer // all of them, without certificates
+
 	recorder *recordings // of terminals; nil: none
 	last     lastLogin
 	root     string // the image root
@@ -83,6 +85,7 @@ func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version 
 				c.noMoreSessions()
 				return true
 			}),
+			"hostkeys-prove-00@openssh.com": s.proveHostKeys,
 			"default": s.global(func(c *conn, req *ssh.Request) bool {
 				// keepalive@openssh.com arrives here: any answer keeps the client content, and
 				// OpenSSH's sshd answers it with a failure too.
@@ -91,7 +94,12 @@ func newServer(set *sshdconf.Settings, j *jail.Jail, keys []ssh.Signer, version 
 			}),
 		},
 	}
-	for _, k := range keys {
+	s.hostKeys = plainKeys(keys)
+	offered, err := offerHostKeys(keys, set.HostKeyAlgorithms)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range offered {
 		s.ssh.AddHostKey(k)
 	}
 	return s, nil
@@ -218,6 +226,7 @@ func (s *server) channel(h func(*conn, *ssh.ServerConn, ssh.NewChannel)) gssh.Ch
 	return func(_ *gssh.Server, sc *ssh.ServerConn, nc ssh.NewChannel, ctx gssh.Context) {
 		c := ctx.Value(connKey{}).(*conn)
 		defer c.guard("channel " + quoteShort(nc.ChannelType()))
+		c.announceHostKeys(sc)
 		h(c, sc, nc)
 	}
 }
@@ -226,6 +235,7 @@ func (s *server) global(h func(*conn, *ssh.Request) bool) gssh.RequestHandler {
 	return func(ctx gssh.Context, _ *gssh.Server, req *ssh.Request) (ok bool, _ []byte) {
 		c := ctx.Value(connKey{}).(*conn)
 		defer c.guard("global request")
+		c.announceHostKeys(ctx.Value(gssh.ContextKeyConn).(*ssh.ServerConn))
 		return h(c, req), nil
 	}
 }
@@ -233,14 +243,16 @@ func (s *server) global(h func(*conn, *ssh.Request) bool) gssh.RequestHandler {
 // conn is one connection; it is the net.Conn that the SSH library reads and writes.
 type conn struct {
 	net.Conn
-	srv    *server
-	log    *slog.Logger
-	id     uint64
-	ctx    gssh.Context // of the SSH library, once it has the connection
-	opened time.Time
-	ids    atomic.Uint64 // of its sessions
-	gone   chan struct{} // closed when the connection is over
-	in     atomic.Int64  // bytes read from the client
+	srv       *server
+	log       *slog.Logger
+	id        uint64
+	ctx       gssh.Context // of the SSH library, once it has the connection
+	opened    time.Time
+	ids       atomic.Uint64 // of its sessions
+	gone      chan struct{} // closed when the connection is over
+	announced sync.Once     // the host keys
+	proofs    sync.RWMutex  // of host keys that are under way
+	in        atomic.Int64  // bytes read from the client
 
 	forwards *forwards
 	offered  atomic.Bool // it has named a key that may log in

@@ -435,6 +435,7 @@ const ptyLinger = time.Second
 func (ss *session) wait(proc process, stdin *os.File, tty bool) {
 	began := time.Now()
 	exit := proc.Wait()
+	ss.c.awaitProofs()
 	ss.commandEnded()
 	if !tty {
 		stdin.Close()

@@ -75,6 +75,7 @@ type Settings struct {
 	Ciphers             string // lists as written, with an optional leading +, - or ^
 	MACs                string
 	KexAlgorithms       string
+	HostKeyAlgorithms   string
 	PubkeyAlgorithms    string
 	RequiredRSASize     int // bits
 
@@ -348,6 +349,7 @@ var keywords = map[string]keyword{
 	"ciphers":                    {parse: text(func(s *Settings) *string { return &s.Ciphers })},
 	"macs":                       {parse: text(func(s *Settings) *string { return &s.MACs })},
 	"kexalgorithms":              {parse: text(func(s *Settings) *string { return &s.KexAlgorithms })},
+	"hostkeyalgorithms":          {parse: text(func(s *Settings) *string { return &s.HostKeyAlgorithms })},
 	"pubkeyacceptedalgorithms":   {match: true, parse: text(func(s *Settings) *string { return &s.PubkeyAlgorithms })},
 	"pubkeyacceptedkeytypes":     {match: true, parse: text(func(s *Settings) *string { return &s.PubkeyAlgorithms })},
 	"requiredrsasize":            {match: true, parse: number(func(s *Settings) *int { return &s.RequiredRSASize }, 0)},
@@ -388,7 +390,6 @@ var keywords = map[string]keyword{
 	"hostbasedauthentication":         {match: true, missed: true},
 	"hostbasedusesnamefrompacketonly": {match: true},
 	"hostkeyagent":                    {missed: true},
-	"hostkeyalgorithms":               {missed: true},
 	"ignorerhosts":                    {match: true},
 	"ignoreuserknownhosts":            {},
 	"ipqos":                           {match: true},
