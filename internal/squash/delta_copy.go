@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sort"
 
@@ -56,15 +57,15 @@ func (r *reuse) record(ref inodeRef) (*inodeRecord, error) {
 }
 
 // copyRuns copies what is taken over. It runs beside the compressing, which
-// writes behind it.
-func (r *reuse) copyRuns(ctx context.Context, out *imageOut) error {
+// writes behind it and alone knows how far the image has come.
+func (r *reuse) copyRuns(ctx context.Context, out io.WriterAt) error {
 	from, _ := r.base.r.(*os.File)
-	to, _ := out.w.(*os.File)
+	to, _ := out.(*os.File)
 	for _, x := range r.runs {
 		if from != nil && to != nil {
 			done, err := copyRange(ctx, to, from, x)
 			if err != nil {
-				return out.explain(fmt.Errorf("copy %d bytes of the base image to %d: %w", x.n, x.to, err))
+				return fmt.Errorf("copy %d bytes of the base image to %d: %w", x.n, x.to, err)
 			}
 			x.from, x.to, x.n = x.from+done, x.to+done, x.n-done
 		}
@@ -75,7 +76,7 @@ func (r *reuse) copyRuns(ctx context.Context, out *imageOut) error {
 	return nil
 }
 
-func (r *reuse) copyRun(ctx context.Context, out *imageOut, x relocation) error {
+func (r *reuse) copyRun(ctx context.Context, out io.WriterAt, x relocation) error {
 	buf := make([]byte, min(x.n, 1<<20))
 	for x.n > 0 {
 		if ctx.Err() != nil {
@@ -85,8 +86,8 @@ func (r *reuse) copyRun(ctx context.Context, out *imageOut, x relocation) error 
 		if err := r.base.readAt(b, x.from); err != nil {
 			return fmt.Errorf("base image: %w", err)
 		}
-		if err := out.writeAt(b, x.to); err != nil {
-			return err
+		if _, err := out.WriteAt(b, x.to); err != nil {
+			return fmt.Errorf("copy %d bytes of the base image to %d: %w", len(b), x.to, err)
 		}
 		n := int64(len(b))
 		x.from, x.to, x.n = x.from+n, x.to+n, x.n-n

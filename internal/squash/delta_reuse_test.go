@@ -71,6 +71,41 @@ func TestDeltaOfNothing(t *testing.T) {
 	judge(t, out.onDisk(t), dir)
 }
 
+// The volume fills up with what is taken over from the base, while new blocks
+// are being written behind it.
+func TestDeltaNoSpace(t *testing.T) {
+	old := memFile("old", noise(1<<20))
+	out, _ := packMem(t, memSource{old}, Options{BlockSize: MinBlockSize})
+	base := out.image(t)
+	src := memSource{}
+	for i := range 200 {
+		src = append(src, memFile(fmt.Sprintf("new%03d", i), noise(2*MinBlockSize+i)))
+	}
+	info, err := base.Lstat("old")
+	if err != nil {
+		t.Fatal(err)
+	}
+	old.Content = &baseContent{img: base, ref: info.Sys().(*Inode).ref}
+	_, err = Pack(t.Context(), append(src, old), slowlyFull{&memOut{}, int64(base.sb.InodeTable)}, Options{Base: &Base{Image: base, Layout: LayoutAppend}})
+	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "the image needs about") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// slowlyFull is a volume where writing before an offset takes its time, and fails.
+type slowlyFull struct {
+	*memOut
+	room int64
+}
+
+func (f slowlyFull) WriteAt(p []byte, off int64) (int, error) {
+	if len(p) > 0 && off >= superblockSize && off < f.room {
+		time.Sleep(20 * time.Millisecond)
+		return 0, unix.ENOSPC
+	}
+	return f.memOut.WriteAt(p, off)
+}
+
 // Directories with an index stand in the way of reading the inodes one by one.
 func TestDeltaLargeDirectories(t *testing.T) {
 	origin := t.TempDir()

@@ -98,10 +98,20 @@ func (p *pipeline) run(ctx context.Context) error {
 	}
 	stage(p.seq.run)
 	stage(p.lay.run)
+	var copying error
 	if r := p.w.reuse; r != nil {
-		stage(func(ctx context.Context) error { return r.copyRuns(ctx, &p.w.out) })
+		stage(func(ctx context.Context) error {
+			err := r.copyRuns(ctx, p.w.out.w)
+			if ctx.Err() == nil {
+				copying = err
+			}
+			return err
+		})
 	}
 	err := g.Wait()
+	if err != nil && err == copying {
+		err = p.w.out.explain(err) // which reads what the layout stage writes
+	}
 	// After an error files whose blocks nobody will read are still open.
 	for f := range p.open {
 		f.r.Close()
