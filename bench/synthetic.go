@@ -49,6 +49,17 @@ func (n synthetic) Walk(ctx context.Context, fn func(*squash.Entry) error) error
 
 func (synthetic) Close() error { return nil }
 
+// KeepContent implements squash.ContentKeeper.
+func (synthetic) KeepContent(dst []byte, c squash.Content) []byte {
+	return binary.AppendUvarint(dst, uint64(c.(syntheticFile)))
+}
+
+// KeptContent implements squash.ContentKeeper.
+func (synthetic) KeptContent(_ string, _ int64, b []byte) (squash.Content, []byte) {
+	v, n := binary.Uvarint(b)
+	return syntheticFile(v), b[n:]
+}
+
 type syntheticFile uint64
 
 func (f syntheticFile) Open() (squash.ContentReader, error)   { return f, nil }

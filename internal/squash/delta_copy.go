@@ -23,7 +23,9 @@ func (r *reuse) begin(w *writer) error {
 		if err != nil {
 			return err
 		}
-		w.fragments = append(w.fragments, fragmentEntry{Start: r.moved(pos), Size: word})
+		if err := w.fragments.add(fragmentEntry{Start: r.moved(pos), Size: word}); err != nil {
+			return err
+		}
 	}
 	if n := len(r.runs); n > 0 {
 		w.out.off = r.runs[n-1].to + r.runs[n-1].n

@@ -42,9 +42,12 @@ type Options struct {
 	Written func(Stats)
 
 	// MemoryLimit, in bytes, bounds the blocks in flight; zero means four per
-	// worker, or two of the larger sizes. The compressors' own memory and that
-	// for metadata, some 60 bytes for each inode, come on top of it.
+	// worker, or two of the larger sizes. The compressors' own memory and some
+	// 30 MiB for metadata come on top of it; what a large tree needs beyond that
+	// lies in files without a name beside the image, up to 200 bytes for each inode.
 	MemoryLimit int64
+
+	held int // of a spool, for tests
 }
 
 // Stats says what an image holds.
@@ -109,7 +112,8 @@ func pack(ctx context.Context, src Source, out io.WriterAt, opt Options) (*write
 	if err != nil {
 		return nil, err
 	}
-	return w, w.run(ctx, src)
+	defer w.spool.close()
+	return w, guard(ctx, func(ctx context.Context) error { return w.run(ctx, src) })
 }
 
 // PackFile writes the image of a source to path. It writes a new file beside

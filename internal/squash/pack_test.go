@@ -29,6 +29,7 @@ func TestPackReproducible(t *testing.T) {
 	var first *memOut
 	for _, opt := range []Options{
 		{Workers: 1}, {Workers: 2}, {Workers: 13}, {Workers: 3, MemoryLimit: 1}, {Workers: 1}, {Workers: 8, MemoryLimit: 3 << 20},
+		{Workers: 2, held: 1}, {Workers: 4, held: 300},
 	} {
 		opt.Epoch, opt.BlockSize = &epoch, 16<<10
 		out, _ := packMem(t, dirSourceOf(t, dir, DirOptions{}), opt)

@@ -82,7 +82,7 @@ func newPipeline(w *writer) *pipeline {
 	}
 	rand.Read(p.key[:]) // never fails
 	p.dup = duplicates{seen: map[firstBlock][]*layoutRecord{}, fileSummer: newFileSummer(p.summer(), w.opt.BlockSize)}
-	p.seq = sequencer{p: p, fragments: uint32(len(w.fragments))}
+	p.seq = sequencer{p: p, fragments: uint32(w.fragments.n), seen: newTable(w.spool, placeKey, placeKey+8)}
 	p.lay = layout{p: p, w: w}
 	return p
 }
@@ -122,8 +122,13 @@ func (p *pipeline) run(ctx context.Context) error {
 // guard turns a panic into an error, so that one bad file ends the packing and
 // not the program.
 func guard(ctx context.Context, f func(context.Context) error) (err error) {
+	// The kernel tells of a disk that fails under a mapped table with a signal.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
-		if r := recover(); r != nil {
+		r := recover()
+		if fault, ok := r.(interface{ Addr() uintptr }); ok {
+			err = fmt.Errorf("the tree's records, in a file beside the image, cannot be read or written: the disk fails, or the volume is full (fault at %#x)", fault.Addr())
+		} else if r != nil {
 			err = fmt.Errorf("internal error: %v\n%s", r, debug.Stack())
 		}
 	}()
@@ -172,6 +177,7 @@ const (
 	itemSmall                    // a file shorter than a block, with its content
 	itemFragment                 // a fragment block, only behind the sequencer
 	itemOther                    // an empty file, a directory behind what is in it, or anything else
+	itemName                     // a further name of an inode
 )
 
 // block is one piece of work, and the memory for it.

@@ -91,15 +91,16 @@ func (p *pipeline) dispatch(ctx context.Context) error {
 		if err := up(rec.up); err != nil {
 			return err
 		}
-		name := rec.entry.name
+		name := rec.ino.name
 		var parent *inode
 		if len(open) > 0 {
 			parent = open[len(open)-1]
-			parent.dir.entries = append(parent.dir.entries, rec.entry)
+			parent.dir.listed += listedSize(name)
 			name = path.Join(paths[len(paths)-1], name)
 		}
 		switch ino := rec.ino; {
-		case ino == nil: // another name of an inode
+		case rec.again:
+			err = send(ctx, p.toSeq, item{kind: itemName, ino: ino})
 		case ino.typ == typeDir:
 			ino.nlink, ino.dir = 2, &directory{}
 			if parent != nil {

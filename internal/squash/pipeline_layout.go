@@ -2,7 +2,10 @@
 
 package squash
 
-import "context"
+import (
+	"context"
+	"encoding/binary"
+)
 
 // fragmentPlace is where a small file's content lies.
 type fragmentPlace struct{ index, offset uint32 }
@@ -11,12 +14,19 @@ type fragmentPlace struct{ index, offset uint32 }
 // files go.
 type sequencer struct {
 	p         *pipeline
-	seen      contentTable // content of small files
-	current   *block       // the fragment block being filled
+	seen      *table // digests of small files, each with its fragmentPlace
+	current   *block // the fragment block being filled
 	fragments uint32
 }
 
+// placeKey is how much of a digest makes finding two contents with the same one
+// by chance, which is the only way, less likely than a broken disk.
+const placeKey = 12
+
 func (s *sequencer) run(ctx context.Context) error {
+	if err := s.seen.reserve(int(s.p.w.tree.files)); err != nil {
+		return err
+	}
 	for {
 		it, ok, err := receive(ctx, s.p.toSeq)
 		if err != nil {
@@ -50,8 +60,9 @@ func (s *sequencer) place(ctx context.Context, b *block) (at fragmentPlace, dup 
 	}
 	defer func() { s.p.free <- b }()
 	if b.hash {
-		if at, dup = s.seen.find(&b.digest); dup {
-			return at, true, nil
+		if i, dup := s.seen.find(b.digest[:placeKey]); dup {
+			r := s.seen.at(i)[placeKey:]
+			return fragmentPlace{binary.LittleEndian.Uint32(r), binary.LittleEndian.Uint32(r[4:])}, true, nil
 		}
 	}
 	if s.current != nil && s.current.n+b.n > len(s.current.raw) {
@@ -68,7 +79,13 @@ func (s *sequencer) place(ctx context.Context, b *block) (at fragmentPlace, dup 
 	at = fragmentPlace{index: s.fragments, offset: uint32(s.current.n)}
 	s.current.n += copy(s.current.raw[s.current.n:], b.raw[:b.n])
 	if b.hash {
-		s.seen.add(&b.digest, at)
+		i, err := s.seen.add(b.digest[:placeKey])
+		if err != nil {
+			return at, false, err
+		}
+		r := s.seen.at(i)[placeKey:]
+		binary.LittleEndian.PutUint32(r, at.index)
+		binary.LittleEndian.PutUint32(r[4:], at.offset)
 	}
 	return at, false, nil
 }
@@ -152,6 +169,8 @@ func (l *layout) step(ctx context.Context, it item) error {
 			return w.writeInode(it.ino, &inodeRecord{Fragment: noFragment})
 		}
 		return w.writeOther(it.ino)
+	case itemName:
+		return w.list(it.ino)
 	}
 	return nil
 }
@@ -210,6 +229,8 @@ func (l *layout) fragment(ctx context.Context, b *block) error {
 		return err
 	}
 	defer func() { l.p.gather <- b }()
-	l.w.fragments = append(l.w.fragments, fragmentEntry{Start: uint64(l.w.out.off), Size: b.word})
+	if err := l.w.fragments.add(fragmentEntry{Start: uint64(l.w.out.off), Size: b.word}); err != nil {
+		return err
+	}
 	return l.w.out.write(b.stored)
 }

@@ -20,6 +20,16 @@ type Source interface {
 	Close() error
 }
 
+// ContentKeeper is a Source that can bring a Content back from a few bytes. Of
+// other sources the contents of all files are held in memory until they are read.
+type ContentKeeper interface {
+	// KeepContent appends what KeptContent needs.
+	KeepContent(dst []byte, c Content) []byte
+	// KeptContent takes from b what KeepContent appended for the file at path,
+	// and returns the rest of b.
+	KeptContent(path string, size int64, b []byte) (c Content, rest []byte)
+}
+
 // Entry is one name in a tree and the inode behind it.
 type Entry struct {
 	Path     string // slash-separated and relative to the root, which is "."

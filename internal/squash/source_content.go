@@ -49,8 +49,8 @@ type dirContent struct {
 	holes  bool // fewer blocks allocated than the size needs
 }
 
-// appendContent implements contentKeeper.
-func (*dirSource) appendContent(dst []byte, c Content) []byte {
+// KeepContent implements ContentKeeper.
+func (*dirSource) KeepContent(dst []byte, c Content) []byte {
 	d := c.(*dirContent)
 	holes := uint64(0)
 	if d.holes {
@@ -66,15 +66,16 @@ func (*dirSource) appendContent(dst []byte, c Content) []byte {
 	return dst
 }
 
-// content implements contentKeeper.
-func (s *dirSource) content(path string, size int64, r *recordReader) Content {
+// KeptContent implements ContentKeeper.
+func (s *dirSource) KeptContent(path string, size int64, b []byte) (Content, []byte) {
+	r := recordReader{b}
 	c := &dirContent{source: s, path: path, holes: r.uint() == 1}
 	c.was.size = uint64(size)
 	c.was.link = LinkID{Dev: r.uint(), Ino: r.uint()}
 	for _, at := range []*unix.StatxTimestamp{&c.was.mtime, &c.was.ctime} {
 		at.Sec, at.Nsec = r.int(), uint32(r.uint())
 	}
-	return c
+	return c, r.rest
 }
 
 // Open implements Content. It is called from one goroutine.

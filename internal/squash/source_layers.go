@@ -305,20 +305,21 @@ func (s *layersSource) walkIndexed(p, name string, fn func(*Entry) error) error 
 	return fn(&e)
 }
 
-// appendContent implements contentKeeper.
-func (s *layersSource) appendContent(dst []byte, c Content) []byte {
+// KeepContent implements ContentKeeper.
+func (s *layersSource) KeepContent(dst []byte, c Content) []byte {
 	if d := c.(*dirContent); d.source == s.index {
-		return s.index.appendContent(appendBytes(dst, d.path), c)
+		return s.index.KeepContent(appendBytes(dst, d.path), c)
 	}
-	return s.upper.appendContent(appendBytes(dst, ""), c)
+	return s.upper.KeepContent(appendBytes(dst, ""), c)
 }
 
-// content implements contentKeeper.
-func (s *layersSource) content(path string, size int64, r *recordReader) Content {
+// KeptContent implements ContentKeeper.
+func (s *layersSource) KeptContent(path string, size int64, b []byte) (Content, []byte) {
+	r := recordReader{b}
 	if name := string(r.bytes()); name != "" {
-		return s.index.content(name, size, r)
+		return s.index.KeptContent(name, size, r.rest)
 	}
-	return s.upper.content(path, size, r)
+	return s.upper.KeptContent(path, size, r.rest)
 }
 
 // overlayMarks are the attributes by which overlayfs notes what an inode in the

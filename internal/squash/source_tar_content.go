@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sort"
 
 	"golang.org/x/sys/unix"
@@ -77,7 +76,7 @@ const spoolChunk = 64 << 10
 func (s *tarSource) fill(ctx context.Context, c *tarContent, r io.Reader) error {
 	if s.spool == nil {
 		var err error
-		if s.spool, err = newSpool(s.opt.SpoolDir); err != nil {
+		if s.spool, err = newUnnamed(s.opt.SpoolDir); err != nil {
 			return err
 		}
 	}
@@ -107,25 +106,6 @@ func (s *tarSource) fill(ctx context.Context, c *tarContent, r io.Reader) error 
 		off += int64(n)
 	}
 	return nil
-}
-
-// newSpool makes a file that is gone when it is closed, whatever happens.
-func newSpool(dir string) (*os.File, error) {
-	if dir == "" {
-		dir = os.TempDir()
-	}
-	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if err == nil {
-		return os.NewFile(uintptr(fd), dir+"/(spool)"), nil
-	}
-	f, err := os.CreateTemp(dir, ".squash-spool-*") // a file system without O_TMPFILE
-	if err != nil {
-		return nil, err
-	}
-	if err := os.Remove(f.Name()); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
 }
 
 func explainSpool(err error, end int64) error {

@@ -24,22 +24,26 @@ const imagePadding = 4096
 //
 //	superblock, compressor options    written last
 //	data and fragment blocks          pipeline.go, in the order of the walk
-//	inode table, directory table      built in memory meanwhile, writer_dir.go
+//	inode table, directory table      built meanwhile, writer_dir.go
 //	fragment, export, id, xattr tables
 //
 // The order of the tables, and that nothing lies between some of them, are
 // rules of the kernel (fs/squashfs/super.c and the table readers).
+//
+// What grows with the tree beside them is in the spool.
 type writer struct {
-	opt  Options
-	tree inventory
-	out  imageOut
-	comp compressor // for metadata
+	opt   Options
+	spool *spool
+	tree  inventory
+	out   imageOut
+	comp  compressor // for metadata
 
 	reuse     *reuse // nil without a base whose data can be taken over
 	inodes    metaWriter
 	dirs      metaWriter
-	refs      []inodeRef // by inode number - 1
-	fragments []fragmentEntry
+	refs      region // inodeRefs by inode number - 1
+	fragments fragmentList
+	entries   stream // names in the directories that are not complete, writer_dir.go
 	scratch   []byte
 	stats     Stats
 }
@@ -49,10 +53,15 @@ func newWriter(out io.WriterAt, opt Options) (*writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &writer{opt: opt, comp: comp}
+	s := spoolBeside(out, opt.held)
+	w := &writer{opt: opt, comp: comp, spool: s}
 	w.out = imageOut{w: out, off: superblockSize}
-	w.inodes.comp, w.dirs.comp = comp, comp
-	w.tree = inventory{opt: &w.opt, xattrs: newXattrTable(comp)}
+	w.inodes = metaWriter{comp: comp, packed: stream{spool: s}}
+	w.dirs = metaWriter{comp: comp, packed: stream{spool: s}}
+	w.refs = region{spool: s, size: exportEntrySize}
+	w.fragments.packed.spool, w.entries.spool = s, s
+	w.tree = inventory{opt: &w.opt, xattrs: newXattrTable(comp, s), linked: newTable(s, linkIDSize, linkedInodeSize)}
+	w.tree.records.packed.spool = s
 	return w, nil
 }
 
@@ -64,7 +73,9 @@ func (w *writer) run(ctx context.Context, src Source) error {
 		return err
 	}
 	w.out.total = w.tree.bytes
-	w.refs = make([]inodeRef, w.tree.inodes)
+	if err := w.refs.grow(int(w.tree.inodes)); err != nil {
+		return err
+	}
 	if err := w.plan(ctx); err != nil {
 		return err
 	}
@@ -129,7 +140,7 @@ func (w *writer) finish(hasOptions bool) error {
 		Compressor: w.opt.Compressor,
 		Flags:      flagDuplicates | flagExportable,
 		IDs:        uint16(len(w.tree.ids.ids)),
-		RootInode:  w.refs[0],
+		RootInode:  w.ref(1),
 		XattrTable: noTable,
 	}
 	if hasOptions {
@@ -139,10 +150,10 @@ func (w *writer) finish(hasOptions bool) error {
 		sb.Compressor = Gzip
 		sb.Flags |= flagUncompressedInodes | flagUncompressedData | flagUncompressedFragments | flagUncompressedXattrs | flagUncompressedIDs
 	}
-	if len(w.fragments) > math.MaxInt32 {
-		return fmt.Errorf("%d fragment blocks: the limit is %d", len(w.fragments), math.MaxInt32)
+	if w.fragments.n > math.MaxInt32 {
+		return fmt.Errorf("%d fragment blocks: the limit is %d", w.fragments.n, math.MaxInt32)
 	}
-	sb.Fragments = uint32(len(w.fragments))
+	sb.Fragments = uint32(w.fragments.n)
 
 	var err error
 	step := func(pos *uint64, write func() (uint64, error)) {
@@ -155,7 +166,7 @@ func (w *writer) finish(hasOptions bool) error {
 	step(&sb.FragmentTable, w.writeFragmentTable)
 	step(&sb.ExportTable, w.writeExportTable)
 	step(&sb.IDTable, w.writeIDTable)
-	if len(w.tree.xattrs.ids) > 0 {
+	if w.tree.xattrs.sets.n > 0 {
 		step(&sb.XattrTable, w.writeXattrTable)
 	} else {
 		sb.Flags |= flagNoXattrs
@@ -177,7 +188,7 @@ func (w *writer) finish(hasOptions bool) error {
 func (w *writer) account() {
 	st := &w.stats
 	st.Inodes, st.Files, st.BytesIn = w.tree.inodes, w.tree.files, w.tree.bytes
-	st.BytesOut, st.Fragments = w.out.off, len(w.fragments)
+	st.BytesOut, st.Fragments = w.out.off, w.fragments.n
 	st.Compressor, st.BlockSize = w.opt.Compressor, w.opt.BlockSize
 	st.Warnings = w.tree.warnings.all()
 }
@@ -188,50 +199,57 @@ func (w *writer) writeStream(m *metaWriter) (uint64, error) {
 	if err := m.flush(); err != nil {
 		return 0, err
 	}
-	for _, b := range m.blocks {
+	for r := m.packed.from(0); r.left() > 0; {
+		b, err := r.take(int(min(r.left(), 64<<10)))
+		if err != nil {
+			return 0, err
+		}
 		if err := w.out.write(b); err != nil {
 			return 0, err
 		}
 	}
-	m.blocks = nil
+	m.packed.release()
 	return start, nil
 }
 
 // writeTable writes entries as metadata blocks, and behind them a header and
 // the pointers to the blocks. It returns where the header begins, which is
-// what the superblock holds.
-func (w *writer) writeTable(entries, header []byte) (uint64, error) {
+// what the superblock holds. take returns the next n bytes of the entries.
+func (w *writer) writeTable(size int64, take func(n int) ([]byte, error), header []byte) (uint64, error) {
 	index := header
-	for len(entries) > 0 {
-		n := min(len(entries), metaBlockSize)
+	for size > 0 {
+		entries, err := take(int(min(size, metaBlockSize)))
+		if err != nil {
+			return 0, err
+		}
 		index = binary.LittleEndian.AppendUint64(index, uint64(w.out.off))
-		var err error
-		if w.scratch, err = appendMetaBlock(w.scratch[:0], w.comp, entries[:n]); err != nil {
+		if w.scratch, err = appendMetaBlock(w.scratch[:0], w.comp, entries); err != nil {
 			return 0, err
 		}
 		if err := w.out.write(w.scratch); err != nil {
 			return 0, err
 		}
-		entries = entries[n:]
+		size -= int64(len(entries))
 	}
 	start := uint64(w.out.off)
 	return start, w.out.write(index)
 }
 
 func (w *writer) writeFragmentTable() (uint64, error) {
-	entries := make([]byte, 0, len(w.fragments)*fragmentEntrySize)
-	for _, f := range w.fragments {
-		entries = f.append(entries)
-	}
-	return w.writeTable(entries, nil)
+	r := w.fragments.packed.from(0)
+	return w.writeTable(r.left(), r.take, nil)
 }
 
 func (w *writer) writeExportTable() (uint64, error) {
-	entries := make([]byte, 0, len(w.refs)*exportEntrySize)
-	for _, ref := range w.refs {
-		entries = binary.LittleEndian.AppendUint64(entries, uint64(ref))
+	next := 0
+	take := func(n int) ([]byte, error) {
+		var entries []byte
+		for ; len(entries) < n; next++ {
+			entries = append(entries, w.refs.at(next)...)
+		}
+		return entries, nil
 	}
-	return w.writeTable(entries, nil)
+	return w.writeTable(w.tree.inodes*exportEntrySize, take, nil)
 }
 
 func (w *writer) writeIDTable() (uint64, error) {
@@ -239,7 +257,11 @@ func (w *writer) writeIDTable() (uint64, error) {
 	for _, id := range w.tree.ids.ids {
 		entries = binary.LittleEndian.AppendUint32(entries, id)
 	}
-	return w.writeTable(entries, nil)
+	take := func(n int) (b []byte, err error) {
+		b, entries = entries[:n], entries[n:]
+		return b, nil
+	}
+	return w.writeTable(int64(len(entries)), take, nil)
 }
 
 func (w *writer) writeXattrTable() (uint64, error) {
@@ -248,11 +270,24 @@ func (w *writer) writeXattrTable() (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	var entries []byte
-	for _, id := range t.ids {
-		entries = id.append(entries)
-	}
-	return w.writeTable(entries, xattrTableHeader{KeyValues: start, IDs: uint32(len(t.ids))}.append(nil))
+	r := t.ids.from(0)
+	return w.writeTable(r.left(), r.take, xattrTableHeader{KeyValues: start, IDs: uint32(t.sets.n)}.append(nil))
+}
+
+// ref is where an inode is in the inode table.
+func (w *writer) ref(number uint32) inodeRef {
+	return inodeRef(binary.LittleEndian.Uint64(w.refs.at(int(number - 1))))
+}
+
+// fragmentList is the fragment table in the making.
+type fragmentList struct {
+	packed stream
+	n      int
+}
+
+func (l *fragmentList) add(f fragmentEntry) error {
+	l.n++
+	return l.packed.write(f.append(nil))
 }
 
 // imageOut writes an image from front to back.

@@ -2,10 +2,7 @@
 
 package squash
 
-import (
-	"bytes"
-	"encoding/binary"
-)
+import "encoding/binary"
 
 // metaBlock appends one metadata block, header included, to dst.
 func appendMetaBlock(dst []byte, c compressor, content []byte) ([]byte, error) {
@@ -23,17 +20,16 @@ func appendMetaBlock(dst []byte, c compressor, content []byte) ([]byte, error) {
 }
 
 // metaWriter builds a table that is one stream cut into metadata blocks. The
-// packed blocks stay in memory: the place of a table in the image is not known
-// before the ones in front of it are complete.
+// packed blocks wait: the place of a table in the image is not known before the
+// ones in front of it are complete.
 type metaWriter struct {
 	comp    compressor
 	pending []byte // less than a block
-	blocks  [][]byte
-	length  uint64 // of blocks
+	packed  stream
 }
 
 // ref returns the position of the next byte written.
-func (m *metaWriter) ref() metaRef { return makeRef(m.length, len(m.pending)) }
+func (m *metaWriter) ref() metaRef { return makeRef(uint64(m.packed.size()), len(m.pending)) }
 
 func (m *metaWriter) write(p []byte) error {
 	for len(p) > 0 {
@@ -56,8 +52,9 @@ func (m *metaWriter) flush() error {
 	}
 	var packed [metaHeaderSize + metaBlockSize]byte
 	block, err := appendMetaBlock(packed[:0], m.comp, m.pending)
-	m.blocks = append(m.blocks, bytes.Clone(block))
-	m.length += uint64(len(block))
+	if err != nil {
+		return err
+	}
 	m.pending = m.pending[:0]
-	return err
+	return m.packed.write(block)
 }

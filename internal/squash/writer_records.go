@@ -10,11 +10,11 @@ import (
 )
 
 // recordLog is a queue of records: all are added, then all are taken. A tree
-// may have millions, so they wait packed, and their memory is given back as
-// they are taken.
+// may have millions, so they wait packed.
 type recordLog struct {
-	chunks [][]byte // packed
+	packed stream // chunks, each behind its length
 	adding []byte
+	reader *streamReader
 	taking recordReader
 	buf    []byte
 }
@@ -22,36 +22,53 @@ type recordLog struct {
 // recordChunk is how many bytes of records are packed at a time.
 const recordChunk = 64 << 10
 
-func (l *recordLog) add(record []byte) {
+func (l *recordLog) add(record []byte) error {
 	if len(l.adding) > 0 && len(l.adding)+len(record) > recordChunk {
-		l.seal()
+		if err := l.seal(); err != nil {
+			return err
+		}
 	}
 	l.adding = append(l.adding, record...)
+	return nil
 }
 
-func (l *recordLog) seal() {
+func (l *recordLog) seal() error {
 	l.buf = s2.Encode(l.buf[:cap(l.buf)], l.adding)
-	l.chunks = append(l.chunks, append([]byte(nil), l.buf...))
 	l.adding = l.adding[:0]
+	if err := l.packed.write(binary.LittleEndian.AppendUint32(nil, uint32(len(l.buf)))); err != nil {
+		return err
+	}
+	return l.packed.write(l.buf)
 }
 
 // next returns a reader at the next record, or nil behind the last.
 func (l *recordLog) next() (*recordReader, error) {
-	if len(l.adding) > 0 {
-		l.seal()
-		l.adding = nil
-	}
 	if len(l.taking.rest) > 0 {
 		return &l.taking, nil
 	}
-	if len(l.chunks) == 0 {
+	if len(l.adding) > 0 {
+		if err := l.seal(); err != nil {
+			return nil, err
+		}
+		l.adding = nil
+	}
+	if l.reader == nil {
+		l.reader = l.packed.from(0)
+	}
+	if l.reader.left() <= 0 {
+		l.packed.release()
 		return nil, nil
 	}
-	var err error
-	if l.buf, err = s2.Decode(l.buf[:cap(l.buf)], l.chunks[0]); err != nil {
+	n, err := l.reader.take(4)
+	if err == nil {
+		n, err = l.reader.take(int(binary.LittleEndian.Uint32(n)))
+	}
+	if err == nil {
+		l.buf, err = s2.Decode(l.buf[:cap(l.buf)], n)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("records of the tree: %w", err)
 	}
-	l.chunks[0], l.chunks = nil, l.chunks[1:]
 	l.taking.rest = l.buf
 	return &l.taking, nil
 }

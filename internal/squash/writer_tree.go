@@ -21,6 +21,7 @@ const maxFileBlocks = 1 << 24
 
 // inode is what the writer knows of an inode on its way into the image.
 type inode struct {
+	name    string // the first of its names
 	content Content
 	target  string
 	dir     *directory
@@ -38,15 +39,8 @@ type inode struct {
 }
 
 type directory struct {
-	parent  uint32 // inode number; zero for the root
-	entries []dirent
-}
-
-// dirent is one name of an inode.
-type dirent struct {
-	name   string
-	number uint32
-	typ    inodeType
+	parent uint32 // inode number; zero for the root
+	listed int64  // bytes that what is in it takes in writer.entries
 }
 
 // inventory is the result of walking a source: a record for each name, in the
@@ -55,7 +49,7 @@ type inventory struct {
 	opt       *Options
 	src       Source
 	records   recordLog
-	contents  []Content // of a source that is no contentKeeper
+	contents  []Content // of a source that is no ContentKeeper
 	baseImage *Image    // that files have their content from
 	inodes    int64
 	files     int64
@@ -65,7 +59,7 @@ type inventory struct {
 	ids       idTable
 	xattrs    *xattrTable
 	warnings  warnings
-	linked    []linkedInode
+	linked    *table // linkedInodes by LinkID
 
 	// With a base, for each file in the order of the walk: the inode there
 	// whose data it keeps, or noRef. What is changed is to be looked for there.
@@ -73,31 +67,38 @@ type inventory struct {
 	changed []changedFile
 	taken   int // files taken from the records
 
-	links   map[LinkID]uint32 // indexes into linked
-	last    []string          // the last name seen in each open directory of the walk
+	last    []string // the last name seen in each open directory of the walk
 	scratch []byte
 
 	number uint32 // of the last inode taken from the records
 }
 
-// linkedInode is an inode that may have several names.
-type linkedInode struct {
-	nlink  uint32
-	number uint32 // zero before its first name is taken from the records
-	typ    inodeType
+// linkedInode is what is known of an inode that may have several names: behind
+// its LinkID the number of names, then its own number, zero before its first name
+// is taken from the records, and its type.
+type linkedInode []byte
+
+const (
+	linkIDSize      = 16
+	linkedInodeSize = linkIDSize + 9
+)
+
+func (l linkedInode) nlink() uint32  { return binary.LittleEndian.Uint32(l[linkIDSize:]) }
+func (l linkedInode) number() uint32 { return binary.LittleEndian.Uint32(l[linkIDSize+4:]) }
+func (l linkedInode) typ() inodeType { return inodeType(l[linkIDSize+8]) }
+
+func (l linkedInode) addName() { binary.LittleEndian.PutUint32(l[linkIDSize:], l.nlink()+1) }
+
+func (l linkedInode) set(number uint32, typ inodeType) {
+	binary.LittleEndian.PutUint32(l[linkIDSize+4:], number)
+	l[linkIDSize+8] = byte(typ)
 }
 
-// contentKeeper is a Source that can bring a Content back from a few bytes: a
-// tree may have millions.
-type contentKeeper interface {
-	appendContent(dst []byte, c Content) []byte
-	content(path string, size int64, r *recordReader) Content
-}
+func (t *inventory) link(i int) linkedInode { return t.linked.at(i) }
 
 // scan walks the source.
 func (t *inventory) scan(ctx context.Context, src Source) error {
 	t.src = src
-	t.links = map[LinkID]uint32{}
 	if err := src.Walk(ctx, t.add); err != nil {
 		return err
 	}
@@ -107,7 +108,8 @@ func (t *inventory) scan(ctx context.Context, src Source) error {
 	if t.inodes >= math.MaxUint32 {
 		return fmt.Errorf("%d inodes: the limit is %d", t.inodes, uint32(math.MaxUint32-1))
 	}
-	t.links, t.last, t.scratch = nil, nil, nil
+	t.last, t.scratch = nil, nil
+	t.linked.freeze()
 	return nil
 }
 
@@ -126,22 +128,13 @@ func (t *inventory) add(e *Entry) error {
 	}
 	t.scratch = binary.AppendUvarint(t.scratch[:0], uint64(up))
 	t.scratch = appendBytes(t.scratch, name)
-	i, known := t.links[e.Link]
-	switch {
-	case known && t.linked[i].nlink == math.MaxUint32:
-		return fmt.Errorf("%s: more than %d hard links", e.Path, uint32(math.MaxUint32))
-	case known:
-		t.linked[i].nlink++
-	case e.Link != LinkID{}:
-		i = uint32(len(t.linked))
-		t.links[e.Link] = i
-		t.linked = append(t.linked, linkedInode{nlink: 1})
-	}
-	link := uint64(0)
+	link, known := 0, false // one more than the place in linked
 	if e.Link != (LinkID{}) {
-		link = uint64(i) + 1
+		if link, known, err = t.noteLink(e); err != nil {
+			return err
+		}
 	}
-	t.scratch = binary.AppendUvarint(t.scratch, link)
+	t.scratch = binary.AppendUvarint(t.scratch, uint64(link))
 	if !known {
 		ino, err := t.newInode(e)
 		if err != nil {
@@ -149,11 +142,30 @@ func (t *inventory) add(e *Entry) error {
 		}
 		t.appendInode(ino)
 	}
-	t.records.add(t.scratch)
 	if isDir {
 		t.last = append(t.last, "")
 	}
-	return nil
+	return t.records.add(t.scratch)
+}
+
+// noteLink counts a name of an inode that may have several. It returns one more
+// than the inode's place in linked.
+func (t *inventory) noteLink(e *Entry) (link int, known bool, err error) {
+	var id [linkIDSize]byte
+	binary.LittleEndian.PutUint64(id[:], e.Link.Dev)
+	binary.LittleEndian.PutUint64(id[8:], e.Link.Ino)
+	i, known := t.linked.find(id[:])
+	if !known {
+		if i, err = t.linked.add(id[:]); err != nil {
+			return 0, false, err
+		}
+	}
+	l := t.link(i)
+	if l.nlink() == math.MaxUint32 {
+		return 0, false, fmt.Errorf("%s: more than %d hard links", e.Path, uint32(math.MaxUint32))
+	}
+	l.addName()
+	return i + 1, known, nil
 }
 
 // appendInode appends what next makes the inode from.
@@ -175,8 +187,8 @@ func (t *inventory) appendInode(ino *inode) {
 		if ok {
 			break
 		}
-		if keeper, ok := t.src.(contentKeeper); ok {
-			b = keeper.appendContent(b, ino.content)
+		if keeper, ok := t.src.(ContentKeeper); ok {
+			b = keeper.KeepContent(b, ino.content)
 		} else {
 			b = binary.AppendUvarint(b, uint64(len(t.contents)))
 			t.contents = append(t.contents, ino.content)
@@ -188,8 +200,8 @@ func (t *inventory) appendInode(ino *inode) {
 // treeRecord is one name of the tree.
 type treeRecord struct {
 	up    int // how many directories end before it
-	entry dirent
-	ino   *inode // nil if the name is another one of an inode
+	ino   *inode
+	again bool // the name is a further one of the inode, of which only number and type are given
 }
 
 // next takes the next name from the records; dir is the path of a directory so
@@ -200,15 +212,17 @@ func (t *inventory) next(dir func(up int) string) (rec treeRecord, ok bool, err 
 		return rec, false, err
 	}
 	rec.up = int(r.uint())
-	rec.entry.name = string(r.bytes())
-	link := r.uint()
-	if link > 0 && t.linked[link-1].number > 0 {
-		l := t.linked[link-1]
-		rec.entry.number, rec.entry.typ = l.number, l.typ
-		return rec, true, nil
+	name := string(r.bytes())
+	var linked linkedInode
+	if link := r.uint(); link > 0 {
+		linked = t.link(int(link - 1))
+		if linked.number() > 0 {
+			rec.ino, rec.again = &inode{name: name, number: linked.number(), typ: linked.typ()}, true
+			return rec, true, nil
+		}
 	}
 	t.number++
-	ino := &inode{number: t.number, nlink: 1, typ: inodeType(r.rest[0])}
+	ino := &inode{name: name, number: t.number, nlink: 1, typ: inodeType(r.rest[0])}
 	r.rest = r.rest[1:]
 	ino.mode, ino.uid, ino.gid = uint16(r.uint()), uint16(r.uint()), uint16(r.uint())
 	ino.mtime, ino.xattr, ino.rdev, ino.size = uint32(r.uint()), uint32(r.uint())-1, uint32(r.uint()), int64(r.uint())
@@ -223,18 +237,18 @@ func (t *inventory) next(dir func(up int) string) (rec treeRecord, ok bool, err 
 		}
 		if ref := r.uint(); ref > 0 {
 			ino.content = &baseContent{img: t.baseImage, ref: inodeRef(ref - 1)}
-		} else if keeper, ok := t.src.(contentKeeper); ok {
-			ino.content = keeper.content(path.Join(dir(rec.up), rec.entry.name), ino.size, r)
+		} else if keeper, ok := t.src.(ContentKeeper); ok {
+			ino.content, r.rest = keeper.KeptContent(path.Join(dir(rec.up), name), ino.size, r.rest)
 		} else {
 			i := r.uint()
 			ino.content, t.contents[i] = t.contents[i], nil
 		}
 	}
-	if link > 0 {
-		l := &t.linked[link-1]
-		l.number, l.typ, ino.nlink = ino.number, ino.typ, l.nlink
+	if linked != nil {
+		linked.set(ino.number, ino.typ)
+		ino.nlink = linked.nlink()
 	}
-	rec.ino, rec.entry.number, rec.entry.typ = ino, ino.number, ino.typ
+	rec.ino = ino
 	return rec, true, nil
 }
 

@@ -20,16 +20,17 @@ const xattrInlineMax = 128
 // attributes share an entry.
 type xattrTable struct {
 	keyValues metaWriter
-	ids       []xattrID
-	sets      map[[sha256.Size]byte]uint32
-	values    map[[sha256.Size]byte]metaRef
+	ids       stream // xattrIDs
+	sets      *table // digests, in the order of ids
+	values    *table // digests, each with the metaRef of the value
 }
 
-func newXattrTable(c compressor) *xattrTable {
+func newXattrTable(c compressor, s *spool) *xattrTable {
 	return &xattrTable{
-		keyValues: metaWriter{comp: c},
-		sets:      map[[sha256.Size]byte]uint32{},
-		values:    map[[sha256.Size]byte]metaRef{},
+		keyValues: metaWriter{comp: c, packed: stream{spool: s}},
+		ids:       stream{spool: s},
+		sets:      newTable(s, sha256.Size, sha256.Size),
+		values:    newTable(s, sha256.Size, sha256.Size+8),
 	}
 }
 
@@ -66,19 +67,20 @@ func (t *xattrTable) add(xattrs []Xattr) (index uint32, lost []string, err error
 		sum.Write([]byte(x.Name))
 		sum.Write(x.Value)
 	}
-	key := [sha256.Size]byte(sum.Sum(nil))
-	index, ok := t.sets[key]
+	key := sum.Sum(nil)
+	i, ok := t.sets.find(key)
 	if !ok {
-		index, err = t.store(sorted)
-		t.sets[key] = index
+		if i, err = t.sets.add(key); err == nil {
+			err = t.store(sorted)
+		}
 	}
-	return index, lost, err
+	return uint32(i), lost, err
 }
 
 // store writes a new set.
-func (t *xattrTable) store(xattrs []Xattr) (uint32, error) {
-	if len(t.ids) >= math.MaxInt32 {
-		return 0, fmt.Errorf("more than %d different sets of extended attributes", math.MaxInt32)
+func (t *xattrTable) store(xattrs []Xattr) error {
+	if t.sets.n > math.MaxInt32 {
+		return fmt.Errorf("more than %d different sets of extended attributes", math.MaxInt32)
 	}
 	var list []byte
 	for _, x := range xattrs {
@@ -90,26 +92,30 @@ func (t *xattrTable) store(xattrs []Xattr) (uint32, error) {
 		}
 		ref, err := t.storeValue(x.Value)
 		if err != nil {
-			return 0, err
+			return err
 		}
 		list = appendXattrKey(list, prefix|xattrOutOfLine, rest)
 		list = appendXattrRef(list, ref)
 	}
 	id := xattrID{Ref: t.keyValues.ref(), Count: uint32(len(xattrs)), Size: uint32(len(list))}
 	if err := t.keyValues.write(list); err != nil {
-		return 0, err
+		return err
 	}
-	t.ids = append(t.ids, id)
-	return uint32(len(t.ids) - 1), nil
+	return t.ids.write(id.append(nil))
 }
 
 // storeValue writes an out-of-line value, unless it is there already.
 func (t *xattrTable) storeValue(value []byte) (metaRef, error) {
 	key := sha256.Sum256(value)
-	if ref, ok := t.values[key]; ok {
-		return ref, nil
+	i, known := t.values.find(key[:])
+	if known {
+		return metaRef(binary.LittleEndian.Uint64(t.values.at(i)[sha256.Size:])), nil
+	}
+	i, err := t.values.add(key[:])
+	if err != nil {
+		return 0, err
 	}
 	ref := t.keyValues.ref()
-	t.values[key] = ref
+	binary.LittleEndian.PutUint64(t.values.at(i)[sha256.Size:], uint64(ref))
 	return ref, t.keyValues.write(appendXattrValue(nil, value))
 }
