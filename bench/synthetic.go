@@ -5,11 +5,12 @@ package main
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"syscall"
 	"text/tabwriter"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/squash"
+	"github.com/ims-buildenv/ims-buildenv/internal/testkit/cgroup"
 )
 
 // synthetic is a tree of files of a few hundred bytes, a thousand in each
@@ -76,41 +78,60 @@ func (f syntheticFile) text(n int) []byte {
 	return b[:n]
 }
 
-// packSynthetic packs n files, for a process of its own.
+// packSynthetic packs n files, for a process of its own: as sidecar does, with
+// as many workers as a large node may have, and the largest blocks.
 func packSynthetic(ctx context.Context, n int) error {
+	debug.SetGCPercent(25)
 	out, err := os.CreateTemp("", "ims-buildenv-bench-*.sqsh")
 	if err != nil {
 		return err
 	}
 	defer os.Remove(out.Name())
 	defer out.Close()
-	_, err = squash.Pack(ctx, synthetic(n), out, squash.Options{})
+	_, err = squash.PackChecked(ctx, synthetic(n), out, squash.Options{Workers: 8, BlockSize: squash.MaxBlockSize})
 	return err
 }
 
-// scaling prints what packing takes for trees of different sizes.
+// scalingMemory is what a container may have whose pod was given little.
+const scalingMemory = 256 << 20
+
+// scaling prints what packing takes for trees of different sizes, in a control
+// group with little memory.
 func scaling(ctx context.Context, _, _, _ string, w io.Writer) error {
 	self, err := filepath.Abs(os.Args[0])
 	if err != nil {
 		return err
 	}
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(table, "pack gzip, small files\twall\tCPU\tpeak MiB\tµs per file\t\n")
-	for _, n := range []int{1_000, 10_000, 100_000, 1_000_000} {
-		cmd := exec.CommandContext(ctx, self, "-synthetic", strconv.Itoa(n))
-		cmd.Stderr = os.Stderr
-		resetPeak()
-		start := time.Now()
-		if err := cmd.Run(); err != nil {
-			return err
+	fmt.Fprintf(table, "pack and check in %d MiB, small files, gzip, 8 workers, blocks of 1 MiB\twall\tCPU\tpeak MiB\tµs per file\t\n", scalingMemory>>20)
+	for _, n := range []int{1_000, 10_000, 100_000, 1_000_000, 10_000_000} {
+		if err := scalingPoint(ctx, self, n, table); err != nil {
+			return fmt.Errorf("%d files: %w", n, err)
 		}
-		wall := time.Since(start)
-		cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
-		peak := int64(0)
-		if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
-			peak = usage.Maxrss >> 10
-		}
-		fmt.Fprintf(table, "%d\t%.2fs\t%.2fs\t%d\t%.1f\t\n", n, wall.Seconds(), cpu.Seconds(), peak, float64(cpu.Microseconds())/float64(n))
+		table.Flush()
 	}
-	return table.Flush()
+	return nil
+}
+
+func scalingPoint(ctx context.Context, self string, n int, table io.Writer) (err error) {
+	group, err := cgroup.New(cgroup.Limits{Memory: scalingMemory})
+	if err != nil {
+		return fmt.Errorf("make a memory control group (needs root): %w", err)
+	}
+	defer func() { err = errors.Join(err, group.Remove()) }()
+	cmd := group.Command(ctx, self, "-synthetic", strconv.Itoa(n))
+	cmd.Stderr = os.Stderr
+	resetPeak()
+	start := time.Now()
+	if err := cmd.Run(); err != nil {
+		return err
+	}
+	wall := time.Since(start)
+	cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	peak := int64(0)
+	if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
+		peak = usage.Maxrss >> 10
+	}
+	fmt.Fprintf(table, "%d\t%.2fs\t%.2fs\t%d\t%.1f\t\n", n, wall.Seconds(), cpu.Seconds(), peak, float64(cpu.Microseconds())/float64(n))
+	return nil
 }
