@@ -15,10 +15,11 @@ import (
 // inode come with the same Inode.Number. It ends with the first error; fn's are
 // passed on as they are.
 func (img *Image) Walk(ctx context.Context, fn func(path string, ino *Inode) error) error {
-	w, err := newWalker(img)
+	w, err := newWalker(img, "")
 	if err != nil {
 		return err
 	}
+	defer w.close()
 	if err := fn(".", w.root.ino); err != nil {
 		return err
 	}

@@ -52,10 +52,12 @@ func differences(a, b map[string]string) []string {
 // be one, to the first of the inode's names.
 func describe(t testing.TB, img *Image, links bool) map[string]string {
 	t.Helper()
-	w, err := newWalker(img)
+	w, err := newWalker(img, "")
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer w.close()
+	w.named = true
 	all := map[string]string{}
 	note := func(name string, ino *Inode) {
 		xattrs, err := img.Xattrs(ino)

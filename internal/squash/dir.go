@@ -169,9 +169,8 @@ func (img *Image) eachIndex(dir *Inode, visit func(dirIndex) (bool, error)) erro
 	return nil
 }
 
-// child reads the inode of an entry and checks that it is what the entry says.
-// A directory is also checked to be in this place only.
-func (img *Image) child(dir *Inode, e dirEntry) (*Inode, error) {
+// entryInode reads the inode of an entry and checks that it is what the entry says.
+func (img *Image) entryInode(e dirEntry) (*Inode, error) {
 	ino, err := img.inode(e.ref)
 	if err != nil {
 		return nil, err
@@ -179,17 +178,25 @@ func (img *Image) child(dir *Inode, e dirEntry) (*Inode, error) {
 	if ino.Number != e.Number || ino.typ.basic() != e.Type {
 		return nil, corruptf("the entry refers to %v %d, but there is %v %d", e.Type, e.Number, ino.typ, ino.Number)
 	}
-	if ino.IsDir() {
-		if err := img.seen.add(img, dir, e, ino); err != nil {
-			return nil, err
-		}
-	}
 	return ino, nil
 }
 
+// child is entryInode for look-ups in any order: a directory is also checked to be
+// in this place only.
+func (img *Image) child(dir *Inode, e dirEntry) (*Inode, error) {
+	ino, err := img.entryInode(e)
+	if err != nil || !ino.IsDir() {
+		return ino, err
+	}
+	return ino, img.seen.add(img, dir, e, ino)
+}
+
+// errTooDeep is about directories that only a hostile image has.
+var errTooDeep = fmt.Errorf("directories nest more than %d deep", maxDepth)
+
 // dirRegistry remembers where each directory was met. That a directory has one
 // place only is what makes the image a tree: without it, a walk of a hostile
-// image need not end.
+// image, by whoever looks names up, need not end. Walks of our own have visits.
 type dirRegistry struct {
 	mu     sync.Mutex
 	places map[inodeRef]dirPlace
@@ -224,7 +231,7 @@ func (r *dirRegistry) add(img *Image, parent *Inode, e dirEntry, ino *Inode) err
 	}
 	depth := r.places[parent.ref].depth + 1
 	if depth > maxDepth {
-		return fmt.Errorf("directories nest more than %d deep", maxDepth)
+		return errTooDeep
 	}
 	if r.places == nil {
 		r.places = make(map[inodeRef]dirPlace)

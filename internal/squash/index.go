@@ -144,14 +144,15 @@ type indexRecord struct {
 // indexRecords looks at every file of the tree, beside the image's names, and
 // returns the latest change, too.
 func indexRecords(ctx context.Context, img *Image, rootFD int) (records []indexRecord, last changeTime, err error) {
-	w, err := newWalker(img)
+	w, err := newWalker(img, "")
 	if err != nil {
 		return nil, last, err
 	}
+	defer w.close()
 	fds := newDirFDs(rootFD)
 	defer fds.close()
 	err = w.walk(ctx, func(n *treeName) error {
-		if !n.ino.isFile() || n.link != nil {
+		if !n.ino.isFile() || n.again {
 			return nil
 		}
 		fd, err := fds.get(n.dir)

@@ -156,7 +156,7 @@ func PackChecked(ctx context.Context, src Source, f *os.File, opt Options) (Stat
 	}
 	img, err := Open(f, w.stats.BytesOut)
 	if err == nil {
-		err = Verify(ctx, img, true)
+		err = img.verifyStructure(ctx, filepath.Dir(f.Name()))
 	}
 	if err != nil {
 		return Stats{}, fmt.Errorf("check of the image just written: %w", err)

@@ -55,6 +55,8 @@ type layersSource struct {
 	upper *dirSource
 	opt   LayersOptions
 
+	seen visits // of base
+
 	index *dirSource        // nil if there is none
 	moved map[uint32]string // inode number in the image: name in the index
 }
@@ -118,6 +120,10 @@ func (s *layersSource) Walk(ctx context.Context, fn func(*Entry) error) error {
 	if err != nil {
 		return errorAt(".", err)
 	}
+	s.seen = newVisits(s.base)
+	if err := s.seen.note(root); err != nil {
+		return errorAt(".", err)
+	}
 	if err := unix.Statx(s.upper.fd, "", unix.AT_EMPTY_PATH, statMask, &s.upper.rootSt); err != nil {
 		return &fs.PathError{Op: "stat", Path: ".", Err: err}
 	}
@@ -144,6 +150,9 @@ type layers struct {
 
 // walkDir yields what is in a directory.
 func (s *layersSource) walkDir(ctx context.Context, dir layers, at string, fn func(*Entry) error) error {
+	if strings.Count(at, "/") >= maxDepth {
+		return errorAt(at, errTooDeep)
+	}
 	var upper, names []string
 	lower := map[string]dirEntry{}
 	if dir.upper >= 0 {
@@ -185,7 +194,7 @@ func (s *layersSource) walkDir(ctx context.Context, dir layers, at string, fn fu
 		var ino *Inode
 		var err error
 		if inLower {
-			if ino, err = s.base.child(dir.lower, below); err != nil {
+			if ino, err = s.lower(below); err != nil {
 				return errorAt(p, err)
 			}
 		}
@@ -199,6 +208,15 @@ func (s *layersSource) walkDir(ctx context.Context, dir layers, at string, fn fu
 		}
 	}
 	return nil
+}
+
+// lower reads an inode of the image.
+func (s *layersSource) lower(e dirEntry) (*Inode, error) {
+	ino, err := s.base.entryInode(e)
+	if err != nil || !ino.IsDir() {
+		return ino, err
+	}
+	return ino, s.seen.note(ino)
 }
 
 // walkUpper yields a name that is in the upper layer; lower is what the image

@@ -92,13 +92,14 @@ func Unpack(ctx context.Context, img *Image, dir string, opt UnpackOptions) (Unp
 // survey walks the tree and counts.
 func (img *Image) survey(ctx context.Context) (UnpackStats, error) {
 	st := UnpackStats{Dirs: 1}
-	w, err := newWalker(img)
+	w, err := newWalker(img, "")
 	if err != nil {
 		return st, err
 	}
+	defer w.close()
 	err = w.walk(ctx, func(n *treeName) error {
 		switch {
-		case n.link != nil:
+		case n.again:
 			st.HardLinks++
 		case n.ino.IsDir():
 			st.Dirs++
@@ -174,10 +175,12 @@ type hardLink struct {
 }
 
 func (u *unpacker) run(ctx context.Context) error {
-	w, err := newWalker(u.img)
+	w, err := newWalker(u.img, "")
 	if err != nil {
 		return err
 	}
+	defer w.close()
+	w.named = true
 	err = u.img.extract(ctx, u.opt.Workers, u, u.progress, func(ctx context.Context, x *extractor) error {
 		return w.walk(ctx, func(n *treeName) error { return u.make(ctx, n, x) })
 	})
@@ -205,7 +208,7 @@ func (u *unpacker) run(ctx context.Context) error {
 // make makes one name; files are left to the workers.
 func (u *unpacker) make(ctx context.Context, n *treeName, x *extractor) error {
 	switch {
-	case n.link != nil:
+	case n.again:
 		u.links = append(u.links, hardLink{n.link, n.dir, n.name})
 		return nil
 	case n.ino.isFile():

@@ -14,16 +14,24 @@ import (
 // directory indexes and the export table agree with it. Unless structureOnly,
 // it also reads every byte of every file. The first thing found is returned.
 func Verify(ctx context.Context, img *Image, structureOnly bool) error {
+	if structureOnly {
+		return img.verifyStructure(ctx, "")
+	}
 	if err := img.verifyTables(ctx); err != nil {
 		return err
 	}
-	if structureOnly {
-		return img.verifyTree(ctx, nil)
-	}
 	workers := runtime.GOMAXPROCS(0)
 	return img.extract(ctx, workers, discard{}, nil, func(ctx context.Context, x *extractor) error {
-		return img.verifyTree(ctx, x)
+		return img.verifyTree(ctx, "", x)
 	})
+}
+
+// verifyStructure is Verify without content; dir is newWalker's.
+func (img *Image) verifyStructure(ctx context.Context, dir string) error {
+	if err := img.verifyTables(ctx); err != nil {
+		return err
+	}
+	return img.verifyTree(ctx, dir, nil)
 }
 
 // discard is a sink that keeps nothing.
@@ -58,16 +66,17 @@ func (img *Image) verifyTables(ctx context.Context) error {
 }
 
 // verifyTree walks the image, and hands its files to x if there is one.
-func (img *Image) verifyTree(ctx context.Context, x *extractor) error {
-	w, err := newWalker(img)
+func (img *Image) verifyTree(ctx context.Context, dir string, x *extractor) error {
+	w, err := newWalker(img, dir)
 	if err != nil {
 		return err
 	}
+	defer w.close()
 	if err := img.verifyInode(w.root.ino); err != nil {
 		return errorAt(".", err)
 	}
 	err = w.walk(ctx, func(n *treeName) error {
-		if n.link != nil {
+		if n.again {
 			return nil
 		}
 		err := img.verifyInode(n.ino)
@@ -85,8 +94,8 @@ func (img *Image) verifyTree(ctx context.Context, x *extractor) error {
 	if err != nil {
 		return err
 	}
-	if w.inodes != img.sb.Inodes {
-		return corruptf("the superblock counts %d inodes, %d have a name", img.sb.Inodes, w.inodes)
+	if w.seen.inodes != img.sb.Inodes {
+		return corruptf("the superblock counts %d inodes, %d have a name", img.sb.Inodes, w.seen.inodes)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ package squash
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"path"
 )
@@ -28,11 +29,12 @@ func (d *treeDir) join(name string) string { return path.Join(d.path(), name) }
 
 // treeName is one name met in a walk.
 type treeName struct {
-	dir  *treeDir
-	name string
-	ino  *Inode
-	sub  *treeDir  // the directory, if it is one
-	link *linkName // the inode's first name, if this is not it
+	dir   *treeDir
+	name  string
+	ino   *Inode
+	sub   *treeDir  // the directory, if it is one
+	again bool      // the inode has been met by another name
+	link  *linkName // that name, if the walker keeps them
 }
 
 // linkName is a name of an inode that has more than one.
@@ -46,36 +48,67 @@ func (n *treeName) path() string { return n.dir.join(n.name) }
 // walker visits every name of an image once, each directory before what is in
 // it, in the order of names, which is the order in which writers lay out data.
 type walker struct {
-	img    *Image
-	root   *treeDir
-	seen   map[uint32]uint64 // bit set of inode numbers
-	links  map[inodeRef]*linkName
-	inodes uint32 // met so far
+	img   *Image
+	root  *treeDir
+	spool *spool
+	seen  visits
+	links *table      // inodeRefs of inodes with several names
+	named bool        // names are kept
+	names []*linkName // by their places in links
 }
 
-func newWalker(img *Image) (*walker, error) {
+// newWalker returns a walker, which is to be closed. What grows with the tree is
+// in files in dir, empty for os.TempDir, once it is large.
+func newWalker(img *Image, dir string) (*walker, error) {
 	root, err := img.Root()
 	if err != nil {
 		return nil, errorAt(".", err)
 	}
-	w := &walker{img: img, root: &treeDir{ino: root}, seen: map[uint32]uint64{}, links: map[inodeRef]*linkName{}}
-	return w, w.note(root)
+	s := &spool{dir: dir}
+	w := &walker{img: img, root: &treeDir{ino: root}, spool: s, seen: newVisits(img), links: newTable(s, linkRefSize, linkRefSize)}
+	return w, w.seen.note(root)
 }
 
-// note marks an inode as met; it is an error if it was already.
-func (w *walker) note(ino *Inode) error {
+const linkRefSize = 8
+
+func (w *walker) close() { w.spool.close() }
+
+// visits is which inodes of an image a walk has met.
+type visits struct {
+	img    *Image
+	met    map[uint32]uint64 // bit set of inode numbers
+	inodes uint32
+	listed int64 // bytes of the directories' listings
+}
+
+func newVisits(img *Image) visits { return visits{img: img, met: map[uint32]uint64{}} }
+
+// note marks an inode as met; it is an error if it was already. That a directory
+// has one place only is what makes the image a tree, and the walk end.
+func (v *visits) note(ino *Inode) error {
 	word, bit := ino.Number>>6, uint64(1)<<(ino.Number&63)
-	if w.seen[word]&bit != 0 {
+	if v.met[word]&bit != 0 {
+		if ino.IsDir() {
+			return corruptf("directory loop: inode %d is in two directories", ino.Number)
+		}
 		return corruptf("inode number %d is used more often than its link count %d allows", ino.Number, ino.NLink)
 	}
-	w.seen[word] |= bit
-	w.inodes++
+	// Listings do not overlap, so together they are no longer than the table.
+	if v.listed += ino.listingLen; v.listed > v.img.dirsRaw {
+		return corruptf("the directories' listings overlap")
+	}
+	v.met[word] |= bit
+	v.inodes++
 	return nil
 }
 
 // walk calls visit for every name but the root's. Errors of the image itself
 // name the path; visit's are passed on as they are.
 func (w *walker) walk(ctx context.Context, visit func(*treeName) error) error {
+	return guard(ctx, func(ctx context.Context) error { return w.walkTree(ctx, visit) })
+}
+
+func (w *walker) walkTree(ctx context.Context, visit func(*treeName) error) error {
 	type level struct {
 		dir  *treeDir
 		list *listing
@@ -111,32 +144,45 @@ func (w *walker) walk(ctx context.Context, visit func(*treeName) error) error {
 		if list, err = w.img.openListing(n.ino); err != nil {
 			return errorAt(n.path(), err)
 		}
-		stack = append(stack, level{n.sub, list})
+		if stack = append(stack, level{n.sub, list}); len(stack) > maxDepth+1 {
+			return errorAt(n.path(), errTooDeep)
+		}
 	}
 	return nil
 }
 
 // meet reads the inode of an entry.
 func (w *walker) meet(dir *treeDir, e dirEntry) (*treeName, error) {
-	ino, err := w.img.child(dir.ino, e)
+	ino, err := w.img.entryInode(e)
 	if err != nil {
 		return nil, err
 	}
 	n := &treeName{dir: dir, name: e.Name, ino: ino}
-	if first := w.links[e.ref]; first != nil {
-		n.link = first
-		return n, nil
+	linked := !ino.IsDir() && ino.NLink > 1
+	key := binary.LittleEndian.AppendUint64(nil, uint64(e.ref))
+	if linked {
+		var at int
+		if at, n.again = w.links.find(key); n.again {
+			if w.named {
+				n.link = w.names[at]
+			}
+			return n, nil
+		}
 	}
-	if err := w.note(ino); err != nil {
+	if err := w.seen.note(ino); err != nil {
 		return nil, err
 	}
-	switch {
-	case ino.IsDir():
+	if ino.IsDir() {
 		n.sub = &treeDir{parent: dir, name: e.Name, ino: ino}
-	case ino.NLink > 1:
-		w.links[e.ref] = &linkName{dir, e.Name}
 	}
-	return n, nil
+	if !linked {
+		return n, nil
+	}
+	if w.named {
+		w.names = append(w.names, &linkName{dir, e.Name})
+	}
+	_, err = w.links.add(key)
+	return n, err
 }
 
 // errorAt adds the path an error of the image is about.
