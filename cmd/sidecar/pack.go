@@ -228,7 +228,7 @@ func openSource(ctx context.Context, f packFlags, base *squash.Base, source, ima
 		return nil, nil, err
 	}
 	if f.upper != "" {
-		src, err = squash.LayersSource(base.Image, f.upper, squash.LayersOptions{Work: f.work, Exclude: exclude})
+		src, err = squash.LayersSource(base.Image, f.upper, squash.LayersOptions{Work: f.work, Exclude: exclude, SpoolDir: filepath.Dir(image)})
 		return src, func() { src.Close() }, err
 	}
 	archive := os.Stdin
@@ -241,7 +241,7 @@ func openSource(ctx context.Context, f packFlags, base *squash.Base, source, ima
 			if inside(image, source) {
 				return nil, nil, fmt.Errorf("pack %s: %s lies inside it and would pack itself; write the image somewhere else", source, image)
 			}
-			opt := squash.DirOptions{OneFileSystem: f.oneFileSystem, Exclude: exclude}
+			opt := squash.DirOptions{OneFileSystem: f.oneFileSystem, Exclude: exclude, SpoolDir: filepath.Dir(image)}
 			if f.index != "" {
 				if opt.Index, err = squash.OpenIndex(f.index, base.Image); err != nil {
 					return nil, nil, err

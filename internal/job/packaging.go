@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -118,7 +119,7 @@ func (r *run) createPacked() (*os.File, error) {
 // was made from, that one is given up, which no job depends on.
 func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.File, whole func(int64, *upload.Base)) error {
 	opt := squash.Options{MemoryLimit: cgroupMemory() / 4}
-	dir := squash.DirOptions{OneFileSystem: true}
+	dir := squash.DirOptions{OneFileSystem: true, SpoolDir: filepath.Dir(r.packedPath())}
 	if base != nil {
 		opt.Base, dir.Index = &squash.Base{Image: base.image}, base.index
 		dir.DropXattr = r.foreign(base.image)

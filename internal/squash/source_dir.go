@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -31,6 +30,11 @@ type DirOptions struct {
 	// Index, if set, is of the image that was unpacked to this directory. Files
 	// it knows to be untouched are not read.
 	Index *Index
+	// SpoolDir is where the names of a directory of hundreds of thousands are
+	// sorted; empty means os.TempDir.
+	SpoolDir string
+
+	held int // of a spool, for tests
 }
 
 // DirSource returns the tree below a directory. The path itself may contain
@@ -45,7 +49,8 @@ func DirSource(root string, opt DirOptions) (Source, error) {
 	if err != nil {
 		return nil, &fs.PathError{Op: "open tree", Path: root, Err: err}
 	}
-	s := &dirSource{fd: fd, opt: opt, cacheFD: -1}
+	s := &dirSource{fd: fd, opt: opt, cacheFD: -1, spool: &spool{dir: opt.SpoolDir, held: opt.held}}
+	s.names.runs.spool = s.spool
 	if err := unix.Access(procPath(fd, "."), unix.F_OK); err != nil {
 		s.Close()
 		return nil, fmt.Errorf("open tree %s: extended attributes are read through /proc/self/fd, which is out of reach: mount /proc: %w", root, err)
@@ -57,6 +62,8 @@ type dirSource struct {
 	fd     int
 	opt    DirOptions
 	rootSt unix.Statx_t
+	spool  *spool
+	names  nameReader
 
 	// The directory the last content was opened in stays open: contents are
 	// opened in the order of the walk.
@@ -65,6 +72,7 @@ type dirSource struct {
 }
 
 func (s *dirSource) Close() error {
+	s.spool.close()
 	if s.cacheFD >= 0 {
 		unix.Close(s.cacheFD)
 		s.cacheFD, s.cacheDir = -1, ""
@@ -103,14 +111,18 @@ func (s *dirSource) Walk(ctx context.Context, fn func(*Entry) error) error {
 
 // walkDir yields what is in the directory open at fd.
 func (s *dirSource) walkDir(ctx context.Context, fd int, dir string, fn func(*Entry) error) error {
-	names, err := readNames(fd)
+	names, err := s.names.read(fd)
 	if err != nil {
 		return &fs.PathError{Op: "read directory", Path: dir, Err: err}
 	}
-	slices.Sort(names)
-	for _, name := range names {
+	defer names.done()
+	for {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
+		}
+		name, ok, err := names.next()
+		if err != nil || !ok {
+			return err
 		}
 		p := path.Join(dir, name)
 		if s.opt.Exclude != nil && s.opt.Exclude(p) {
@@ -120,7 +132,6 @@ func (s *dirSource) walkDir(ctx context.Context, fd int, dir string, fn func(*En
 			return err
 		}
 	}
-	return nil
 }
 
 func (s *dirSource) walkEntry(ctx context.Context, dirFD int, name, p string, fn func(*Entry) error) error {

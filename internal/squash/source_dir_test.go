@@ -392,6 +392,46 @@ func TestPackFileVolumeFull(t *testing.T) {
 	pack("the image needs about")
 }
 
+// Large directories inside each other come sorted, also when their names do not
+// fit in memory, as often as they are walked.
+func TestDirSourceManyNames(t *testing.T) {
+	dir := t.TempDir()
+	at := dir
+	for range 3 {
+		for i := range 600 {
+			name := filepath.Join(at, fmt.Sprintf("%d-%s", i*7919%600, strings.Repeat("n", 100+i%100)))
+			if err := os.WriteFile(name, nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		at = filepath.Join(at, "3-directory")
+		if err := os.Mkdir(at, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	walk := func(src Source) (paths []string) {
+		if err := src.Walk(t.Context(), func(e *Entry) error {
+			paths = append(paths, e.Path)
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return paths
+	}
+	want := walk(dirSourceOf(t, dir, DirOptions{}))
+	src := dirSourceOf(t, dir, DirOptions{held: 1, SpoolDir: t.TempDir()})
+	for range 2 {
+		if got := walk(src); !slices.Equal(got, want) || len(want) != 1+3*601 {
+			t.Errorf("%d names, want %d and the same", len(got), len(want))
+		}
+	}
+	one, _ := packMem(t, src, Options{held: 1})
+	other, _ := packMem(t, dirSourceOf(t, dir, DirOptions{}), Options{})
+	if diff := sameImage(t, one.image(t), other.image(t)); len(diff) > 0 {
+		t.Error(diff)
+	}
+}
+
 // Directories are held open on the way down, and closed.
 func TestDirSourceDeep(t *testing.T) {
 	dir := t.TempDir()

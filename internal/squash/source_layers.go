@@ -22,8 +22,9 @@ type LayersOptions struct {
 	// index=on: there the names of a hard-linked file that were not touched
 	// lead to its changed inode by way of the index kept there.
 	Work string
-	// Exclude is as in DirOptions.
-	Exclude func(path string) bool
+	// Exclude and SpoolDir are as in DirOptions.
+	Exclude  func(path string) bool
+	SpoolDir string
 }
 
 // LayersSource returns the tree that overlayfs shows when an image is mounted as
@@ -36,7 +37,7 @@ type LayersOptions struct {
 // file whose data was not copied up, which only mounts with redirect_dir or
 // metacopy make, is an error.
 func LayersSource(base *Image, upper string, opt LayersOptions) (Source, error) {
-	up, err := DirSource(upper, DirOptions{})
+	up, err := DirSource(upper, DirOptions{SpoolDir: opt.SpoolDir})
 	if err != nil {
 		return nil, err
 	}
@@ -153,48 +154,26 @@ func (s *layersSource) walkDir(ctx context.Context, dir layers, at string, fn fu
 	if strings.Count(at, "/") >= maxDepth {
 		return errorAt(at, errTooDeep)
 	}
-	var upper, names []string
-	lower := map[string]dirEntry{}
-	if dir.upper >= 0 {
-		var err error
-		if upper, err = readNames(dir.upper); err != nil {
-			return &fs.PathError{Op: "read directory", Path: at, Err: err}
-		}
-		names = slices.Clone(upper)
-		slices.Sort(upper)
+	names, err := s.names(dir, at)
+	if err != nil {
+		return err
 	}
-	if dir.lower != nil {
-		list, err := s.base.openListing(dir.lower)
-		if err != nil {
-			return errorAt(at, err)
-		}
-		for {
-			e, ok, err := list.next()
-			if err != nil {
-				return errorAt(at, err)
-			}
-			if !ok {
-				break
-			}
-			lower[e.Name] = e
-			names = append(names, e.Name)
-		}
-	}
-	slices.Sort(names)
-	for _, name := range slices.Compact(names) {
+	defer names.done()
+	for {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
+		}
+		name, inUpper, below, err := names.next()
+		if err != nil || name == "" {
+			return err
 		}
 		p := path.Join(at, name)
 		if s.opt.Exclude != nil && s.opt.Exclude(p) {
 			continue
 		}
-		below, inLower := lower[name]
-		_, inUpper := slices.BinarySearch(upper, name)
 		var ino *Inode
-		var err error
-		if inLower {
-			if ino, err = s.lower(below); err != nil {
+		if below != nil {
+			if ino, err = s.lower(*below); err != nil {
 				return errorAt(p, err)
 			}
 		}
@@ -207,7 +186,76 @@ func (s *layersSource) walkDir(ctx context.Context, dir layers, at string, fn fu
 			return err
 		}
 	}
+}
+
+// layerNames merges the names a directory has in both layers.
+type layerNames struct {
+	at    string
+	upper *nameList // nil for none
+	lower *listing  // nil for none
+
+	name  string // next in upper, or empty
+	entry *dirEntry
+}
+
+func (s *layersSource) names(dir layers, at string) (*layerNames, error) {
+	n := &layerNames{at: at}
+	var err error
+	if dir.upper >= 0 {
+		if n.upper, err = s.upper.names.read(dir.upper); err != nil {
+			return nil, &fs.PathError{Op: "read directory", Path: at, Err: err}
+		}
+	}
+	if dir.lower != nil {
+		if n.lower, err = s.base.openListing(dir.lower); err != nil {
+			return nil, errorAt(at, err)
+		}
+	}
+	if err = n.nextUpper(); err == nil {
+		err = n.nextLower()
+	}
+	return n, err
+}
+
+func (n *layerNames) nextUpper() (err error) {
+	if n.name = ""; n.upper != nil {
+		n.name, _, err = n.upper.next()
+	}
+	return err
+}
+
+func (n *layerNames) nextLower() error {
+	if n.entry = nil; n.lower == nil {
+		return nil
+	}
+	e, ok, err := n.lower.next()
+	if err != nil {
+		return errorAt(n.at, err)
+	}
+	if ok {
+		n.entry = &e
+	}
 	return nil
+}
+
+// next returns the next name, empty at the end, and where it is.
+func (n *layerNames) next() (name string, inUpper bool, below *dirEntry, err error) {
+	name, inUpper = n.name, n.name != ""
+	if n.entry != nil && (!inUpper || n.entry.Name <= name) {
+		inUpper = n.entry.Name == name
+		name, below = n.entry.Name, n.entry
+		err = n.nextLower()
+	}
+	if inUpper && err == nil {
+		err = n.nextUpper()
+	}
+	return name, inUpper, below, err
+}
+
+func (n *layerNames) done() {
+	if n.upper != nil {
+		n.upper.done()
+	}
 }
 
 // lower reads an inode of the image.
