@@ -56,8 +56,9 @@ func (c *Compressor) UnmarshalText(b []byte) (err error) {
 }
 
 // Implementations names the library behind each method in this binary, with its
-// version where the library tells. Binaries built with and without cgo differ:
-// either reads what the other writes, but compresses to other bytes.
+// version where the library tells, and whether blocks are read without it.
+// Binaries built with and without cgo differ: either reads what the other writes,
+// but compresses to other bytes.
 func Implementations() map[Compressor]string {
 	return map[Compressor]string{Gzip: gzipImplementation, XZ: xzImplementation, LZ4: lz4Implementation, Zstd: zstdImplementation}
 }

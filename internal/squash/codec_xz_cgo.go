@@ -115,7 +115,7 @@ import (
 	"unsafe"
 )
 
-const xzImplementation = "liblzma " + C.LZMA_VERSION_STRING
+const xzImplementation = "liblzma " + C.LZMA_VERSION_STRING + " (own decoder)"
 
 type xzCompressor struct {
 	pool  *C.pool
@@ -167,20 +167,20 @@ func (x *xzCompressor) Compress(dst, src []byte) (int, bool, error) {
 // limit.
 const xzMemory = 32 << 20
 
-type xzDecompressor struct{ pool *C.pool }
+// xzLibrary reads all filters liblzma knows, and checks the check sums.
+type xzLibrary struct{ pool *C.pool }
 
-func newXZDecompressor() (decompressor, error) {
+func newXZLibrary() (decompressor, error) {
 	p, err := newXZPool()
 	if err != nil {
 		return nil, err
 	}
-	x := &xzDecompressor{p}
+	x := &xzLibrary{p}
 	runtime.AddCleanup(x, func(p *C.pool) { C.pool_delete(p) }, p)
 	return x, nil
 }
 
-// Decompress reads all filters the library knows, and checks the check sums.
-func (x *xzDecompressor) Decompress(dst, src []byte) (int, error) {
+func (x *xzLibrary) Decompress(dst, src []byte) (int, error) {
 	if len(src) == 0 || len(dst) == 0 {
 		return 0, corruptf("empty xz block")
 	}

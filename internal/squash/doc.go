@@ -37,7 +37,7 @@
 // Compression is done by libdeflate, libzstd, liblzma and liblz4, linked
 // statically by cgo, or by Go libraries in builds without it: each reads what
 // the other writes, but packs the same tree to other bytes. [Implementations]
-// tells which ones a binary has.
+// tells which ones a binary has. What reads xz is internal/xz.
 //
 // The package knows nothing of where an image comes from or goes to.
 package squash
