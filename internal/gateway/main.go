@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -66,7 +65,7 @@ func newFlags() *flags {
 	s.SortFlags = false
 	s.SetOutput(io.Discard)
 	s.StringVarP(&f.config, "config", "f", "", "sshd_config to read")
-	s.StringVarP(&f.logFile, "log", "E", "", "append the log to this file, too")
+	s.StringVarP(&f.logFile, "log", "E", "", "append the log to this file, too; at 64 MiB it becomes FILE.1")
 	s.IntSliceVarP(&f.ports, "port", "p", nil, "port to listen on; wins over sshd_config (default 22)")
 	s.StringArrayVarP(&f.options, "option", "o", nil, "an sshd_config line as Key=Value; wins over the file")
 	s.StringArrayVarP(&f.hostKeys, "host-key", "h", nil, "host key file, as HostKey")
@@ -149,7 +148,7 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	out := stderr
 	if path := first(f.logFile, more.logFile); path != "" {
-		file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+		file, err := openLogFile(path, maxLogFile, stderr)
 		if err != nil {
 			return fail(stderr, 1, fmt.Errorf("log file: %w; choose another with -E", err))
 		}
