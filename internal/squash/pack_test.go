@@ -149,7 +149,10 @@ func TestPackDuplicates(t *testing.T) {
 		memFile("s", slices.Concat(large[:bs], large[bs:2*bs], make([]byte, bs))),
 		memFile("t", make([]byte, 40*bs+1)), memHollow("u", 40*bs+1, ""), memFile("v", nil), memFile("w", nil),
 	}
-	out, st := packMem(t, src, Options{})
+	out, st := packMem(t, src, Options{held: 1})
+	if inMemory, _ := packMem(t, src, Options{}); !bytes.Equal(out.b[superblockSize:], inMemory.b[superblockSize:]) {
+		t.Error("another image when the records of the tree are in memory")
+	}
 	if want := int64(5*bs+99)*2 + 5000 + (40*bs+1)*2; st.Duplicates != 5 || st.DuplicateBytes != want {
 		t.Errorf("%d duplicates of %d bytes, want 5 of %d", st.Duplicates, st.DuplicateBytes, want)
 	}

@@ -81,7 +81,7 @@ func newPipeline(w *writer) *pipeline {
 		p.gather <- nil
 	}
 	rand.Read(p.key[:]) // never fails
-	p.dup = duplicates{seen: map[firstBlock][]*layoutRecord{}, fileSummer: newFileSummer(p.summer(), w.opt.BlockSize)}
+	p.dup = newDuplicates(w.spool, newFileSummer(p.summer(), w.opt.BlockSize))
 	p.seq = sequencer{p: p, fragments: uint32(w.fragments.n), seen: newTable(w.spool, placeKey, placeKey+8)}
 	p.lay = layout{p: p, w: w}
 	return p
