@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -38,6 +40,7 @@ and holes. Nothing outside DIR is written, whatever the image holds. With an
 				}
 				return fmt.Errorf("the index %s lies inside %s and would change it; write it somewhere else", index, args[1])
 			}
+			tuneUnpacking()
 			return withImage(args[0], func(img *squash.Image) error {
 				bar := progress.New(stderr, "unpacking", 0)
 				stats, err := squash.Unpack(cmd.Context(), img, args[1], squash.UnpackOptions{
@@ -59,6 +62,15 @@ and holes. Nothing outside DIR is written, whatever the image holds. With an
 	}
 	c.Flags().StringVar(&index, "index", "", "file to write an index of DIR to, outside DIR")
 	return c
+}
+
+// tuneUnpacking sets Go's runtime up for workers that are in C and in system calls nearly all the time. Where each of Go's
+// processors has such a worker, the scheduler looks every 20 µs for one to take away and hand to another thread; where
+// one is idle, it lets them be. So there is one for each worker, one for who feeds them, and one more. Unpacking keeps
+// little, so that the collector need not be as eager as packing wants it.
+func tuneUnpacking() {
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 3)
+	debug.SetGCPercent(100)
 }
 
 func newInspect() *cobra.Command {

@@ -47,6 +47,7 @@ failure sets the job's status to error.`,
 			if err != nil {
 				return err
 			}
+			tuneUnpacking()
 			if err := prepare.Run(cmd.Context(), cfg, args[1], prepare.Deps{Status: client, Log: d.Log}); err != nil {
 				d.Log.Error("the image could not be prepared", "error", err)
 				return exitCode(exitFailure)

@@ -52,6 +52,14 @@ const (
 	// unitFiles bounds how many tails one unit has.
 	unitFiles = 256
 
+	// A worker takes units by the run, of so many bytes or files, for the
+	// workers to be in different files and directories: two of them in one
+	// wait for each other. So many runs lie ready, enough to keep the workers
+	// busy while the next batch is gathered.
+	runBytes   = 4 << 20
+	runFiles   = 1024
+	runsQueued = 16
+
 	// Files are gathered in batches that are sorted by their place in the
 	// image. The first one is small, so that the workers begin early.
 	firstBatch    = 256
@@ -65,17 +73,21 @@ type extractor struct {
 	img   *Image
 	sink  contentSink
 	done  func(bytes int64) // may be nil
-	queue chan unit
+	queue chan []unit
 	frags *fragmentCache
 
 	batch []*fileTask
 	words int
 	limit int
+
+	run      []unit // not yet in the queue
+	runBytes int64
+	runFiles int
 }
 
 // extract runs feed, which calls add for each file, and the workers.
 func (img *Image) extract(ctx context.Context, workers int, sink contentSink, done func(int64), feed func(ctx context.Context, x *extractor) error) error {
-	x := &extractor{img: img, sink: sink, done: done, queue: make(chan unit, 4*workers),
+	x := &extractor{img: img, sink: sink, done: done, queue: make(chan []unit, runsQueued),
 		frags: newFragmentCache(img, 2*workers+2), limit: firstBatch}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -148,7 +160,10 @@ func (x *extractor) flush(ctx context.Context) error {
 		p.f.left.Store(1)
 		group.files = append(group.files, p.f)
 	}
-	return endGroup()
+	if err := endGroup(); err != nil {
+		return err
+	}
+	return x.sendRun(ctx)
 }
 
 // place returns where in the image a file's data begins.
@@ -193,9 +208,29 @@ func (x *extractor) split(ctx context.Context, f *fileTask) error {
 	return nil
 }
 
+// send adds a unit to the run, and hands the run over when it is long enough.
 func (x *extractor) send(ctx context.Context, u unit) error {
+	x.run = append(x.run, u)
+	x.runFiles += len(u.files)
+	bs := int64(x.img.sb.BlockSize)
+	x.runBytes += int64(u.to-u.from) * bs
+	if u.tails {
+		x.runBytes += bs
+	}
+	if x.runBytes < runBytes && x.runFiles < runFiles {
+		return nil
+	}
+	return x.sendRun(ctx)
+}
+
+func (x *extractor) sendRun(ctx context.Context) error {
+	if len(x.run) == 0 {
+		return nil
+	}
+	run := x.run
+	x.run, x.runBytes, x.runFiles = nil, 0, 0
 	select {
-	case x.queue <- u:
+	case x.queue <- run:
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
@@ -210,12 +245,14 @@ func (x *extractor) work(ctx context.Context) error {
 	}
 	defer x.img.putDecompressor(dec)
 	w := &blockWorker{x: x, dec: dec, out: make([]byte, x.img.sb.BlockSize)}
-	for u := range x.queue {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
-		}
-		if err := w.do(u); err != nil {
-			return err
+	for run := range x.queue {
+		for _, u := range run {
+			if err := ctx.Err(); err != nil {
+				return context.Cause(ctx)
+			}
+			if err := w.do(u); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

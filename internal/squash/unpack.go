@@ -19,9 +19,14 @@ import (
 // ErrTooLarge is wrapped by Unpack's error about an image beyond MaxBytes.
 var ErrTooLarge = errors.New("image too large")
 
+// processors is how many there are; a program may raise GOMAXPROCS for reasons
+// of scheduling.
+var processors = runtime.GOMAXPROCS(0)
+
 // UnpackOptions change how Unpack works; the zero value is good.
 type UnpackOptions struct {
-	// Workers is how many goroutines unpack content; GOMAXPROCS if zero.
+	// Workers is how many goroutines unpack content; if zero, one more than
+	// GOMAXPROCS was when the program began.
 	Workers int
 	// MaxBytes, if not zero, is how many bytes of content and of extended
 	// attributes may be written. Holes do not count. An image whose files
@@ -55,7 +60,7 @@ type UnpackStats struct {
 // dir is left as it is then; removing it is the caller's business.
 func Unpack(ctx context.Context, img *Image, dir string, opt UnpackOptions) (UnpackStats, error) {
 	if opt.Workers <= 0 {
-		opt.Workers = runtime.GOMAXPROCS(0)
+		opt.Workers = processors + 1 // one may wait for a lock of the file system
 	}
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
@@ -285,17 +290,28 @@ func (u *unpacker) finishDir(d *treeDir) error {
 }
 
 // finishFD restores the metadata of an open file or directory. The order
-// matters: changing the owner takes setuid bits and capabilities away.
+// matters: changing the owner takes setuid bits and capabilities away. Most files
+// have been made with the owner and mode they need, and asking is cheaper than
+// setting.
 func (u *unpacker) finishFD(fd int, ino *Inode, name func() string) error {
-	if err := unix.Fchown(fd, int(ino.UID), int(ino.GID)); err != nil {
-		return u.explain(ownerOp(ino), name(), err)
+	var is unix.Stat_t
+	if err := unix.Fstat(fd, &is); err != nil {
+		return u.explain("look at", name(), err)
+	}
+	chown := is.Uid != ino.UID || is.Gid != ino.GID
+	if chown {
+		if err := unix.Fchown(fd, int(ino.UID), int(ino.GID)); err != nil {
+			return u.explain(ownerOp(ino), name(), err)
+		}
 	}
 	err := u.setXattrs(ino, name, func(attr string, value []byte) error { return unix.Fsetxattr(fd, attr, value, 0) })
 	if err != nil {
 		return err
 	}
-	if err := unix.Fchmod(fd, unixPerm(ino.Mode)); err != nil {
-		return u.explain("set mode of", name(), err)
+	if perm := unixPerm(ino.Mode); chown || is.Mode&0o7777 != perm {
+		if err := unix.Fchmod(fd, perm); err != nil {
+			return u.explain("set mode of", name(), err)
+		}
 	}
 	if err := futimens(fd, times(ino)); err != nil {
 		return u.explain("set times of", name(), err)

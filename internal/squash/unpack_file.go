@@ -19,8 +19,11 @@ func (u *unpacker) begin(f *fileTask) error {
 		return err
 	}
 	defer u.dirs.put(f.dir)
+	// The mode it will have in the end, which spares setting it. Nobody else can
+	// enter the directories yet, and we can write attributes.
+	mode := uint32(f.ino.Mode.Perm()) | 0o600
 	err = ignoringEINTR(func() error {
-		f.fd, err = unix.Openat(dir, f.name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		f.fd, err = unix.Openat(dir, f.name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
 		return err
 	})
 	if err != nil {
