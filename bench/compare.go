@@ -18,8 +18,30 @@ import (
 type comparison struct {
 	name         string
 	ours, theirs side
-	goal         float64 // how many times as fast as the other we mean to be; 0: none is set
-	single       bool    // takes minutes: run once, without warming up
+	goals        goals
+	single       bool // takes minutes: run once, without warming up
+}
+
+// goals are what we mean to reach; 0: none is set.
+type goals struct {
+	speed  float64 // how many times as fast as the other
+	memory float64 // our peak, as a share of the other's
+	size   float64 // our output, as a share of the other's
+}
+
+// missed names what was not reached.
+func (g goals) missed(ours, theirs figures) []string {
+	var list []string
+	if g.speed > 0 && theirs.wall/ours.wall < g.speed {
+		list = append(list, "speed")
+	}
+	if g.memory > 0 && float64(ours.rss) > g.memory*float64(theirs.rss) {
+		list = append(list, "memory")
+	}
+	if g.size > 0 && float64(ours.bytes) > g.size*float64(theirs.bytes) {
+		list = append(list, "size")
+	}
+	return list
 }
 
 // once returns the comparison for a job that takes minutes.

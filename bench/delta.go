@@ -63,6 +63,7 @@ func (d *deltaBench) pack(name, tree, layout string) comparison {
 		ours: side{argv: []string{d.sidecar, "pack", "--base", d.image, "--index", tree + ".index", "--layout", layout, tree, ours},
 			output: ours},
 		theirs: side{argv: []string{"mksquashfs", tree, theirs, "-noappend", "-no-progress", "-quiet"}, output: theirs},
+		goals:  goals{speed: 40},
 	}.once()
 }
 

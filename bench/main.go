@@ -3,7 +3,7 @@
 // Command bench measures our programs side by side with the tools a user would
 // pick instead: the same machine, the same data, the same run, alternating, and
 // prints medians and ratios. It refuses to compare against a tool that is not
-// there, and it does not judge: the ratios are what they are.
+// there, and it marks the goals that a ratio misses.
 //
 //	go run ./bench -bin bin -image build/base/bookworm.squashfs [-n 5] [-topics squashfs,delta] [-only zstd]
 package main
@@ -113,8 +113,11 @@ func (b bench) table(ctx context.Context, prepare func(ctx context.Context, bin,
 			size = fmt.Sprintf("%.4f", float64(ours.bytes)/float64(theirs.bytes))
 		}
 		goal := ""
-		if c.goal > 0 {
-			goal = fmt.Sprintf("%.1fx", c.goal)
+		if c.goals.speed > 0 {
+			goal = fmt.Sprintf("%.2gx", c.goals.speed)
+		}
+		if missed := c.goals.missed(ours, theirs); len(missed) > 0 {
+			goal += " MISSED: " + strings.Join(missed, ", ")
 		}
 		fmt.Fprintf(table, "%s\t%.2fs\t%.2fs\t%.1fx\t%s\t%.2fs\t%.2fs\t%d\t%d\t%s\t\n", c.name,
 			ours.wall, theirs.wall, theirs.wall/ours.wall, goal, ours.cpu, theirs.cpu, ours.rss>>20, theirs.rss>>20, size)

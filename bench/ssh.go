@@ -138,7 +138,7 @@ func (b *sshBench) comparisons(plain, jailed [2]*daemon) []comparison {
 				b.work, d.port, b.options())
 			return side{argv: []string{"bash", "-euc", vars + script}, server: d.cpu}
 		}
-		return comparison{name: name + ", vs OpenSSH", ours: shell(d[0]), theirs: shell(d[1]), goal: atLeast}
+		return comparison{name: name + ", vs OpenSSH", ours: shell(d[0]), theirs: shell(d[1]), goals: goals{speed: atLeast}}
 	}
 	const (
 		connect  = `for i in $(seq 20); do run true; done`
