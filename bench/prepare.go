@@ -67,7 +67,7 @@ func prepare(ctx context.Context, bin, image, work string) ([]comparison, func()
 				"IMS_ACTION=customize", "SSH_JAIL=True", filepath.Join(bin, "sidecar"), "prepare", volume, url}, before: empty(volume)},
 			theirs: side{argv: []string{"bash", "-euc", "cd $0; curl -fsS -o image.sqsh $1; md5sum image.sqsh; unsquashfs -q -n -d image-root image.sqsh", theirs, url},
 				before: empty(theirs)},
-			goal: 1.5,
+			goals: goals{speed: 1.5},
 		})
 	}
 	return list, done, nil
