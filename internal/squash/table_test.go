@@ -25,7 +25,7 @@ func testSpool(t testing.TB, held int) *spool {
 func TestTable(t *testing.T) {
 	for _, held := range []int{1, heldBytes} {
 		table := newTable(testSpool(t, held), 12, 20)
-		const n = 200_000
+		const n = 40_000
 		key := func(i int) []byte {
 			return binary.LittleEndian.AppendUint64([]byte{byte(i), 1, 2, 3}, uint64(i/256))
 		}
