@@ -23,9 +23,9 @@ func testSpool(t testing.TB, held int) *spool {
 // All records are found while the table grows, in memory and beyond, and no
 // others.
 func TestTable(t *testing.T) {
-	for _, held := range []int{1, heldBytes} {
+	for _, held := range []int{1, segmentBytes} {
 		table := newTable(testSpool(t, held), 12, 20)
-		const n = 40_000
+		const n = 60_000
 		key := func(i int) []byte {
 			return binary.LittleEndian.AppendUint64([]byte{byte(i), 1, 2, 3}, uint64(i/256))
 		}
