@@ -25,7 +25,7 @@ import (
 // sent to the store stands the least that could be: what is new in the root file
 // system, and boot files that are new. The start is from the end of the download to
 // the first login that works.
-func jobs(ctx context.Context, bin, image, work string, w io.Writer) error {
+func jobs(ctx context.Context, bin, image, work, only string, w io.Writer) error {
 	dir := filepath.Join(work, "jobs")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
@@ -35,11 +35,11 @@ func jobs(ctx context.Context, bin, image, work string, w io.Writer) error {
 	}
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(table, "job, from complete to success\tours\tlegacy sequence\tfaster\tgoal\tfetched to login\tMiB sent\tfloor\tof\tshare\t\n")
-	// A job keeps to gzip, so that nothing of an image with another method can be taken over.
-	other := filepath.Join(dir, "lz4.sqsh")
-	if out, err := exec.CommandContext(ctx, "bash", "-euc", `"$0" unpack "$1" "$3.tree"; "$0" pack --compressor lz4 "$3.tree" "$2"; rm -rf "$3.tree"`,
-		filepath.Join(bin, "sidecar"), image, other, other).CombinedOutput(); err != nil {
-		return fmt.Errorf("pack with lz4: %w\n%s", err, out)
+	// LZO is read and not written, so that nothing of such an image can be taken over.
+	other := filepath.Join(dir, "lzo.sqsh")
+	if out, err := exec.CommandContext(ctx, "bash", "-euc", `"$0" unpack "$1" "$2.tree"; mksquashfs "$2.tree" "$2" -comp lzo -Xalgorithm lzo1x_1 -no-progress -quiet; rm -rf "$2.tree"`,
+		filepath.Join(bin, "sidecar"), image, other).CombinedOutput(); err != nil {
+		return fmt.Errorf("pack with lzo: %w\n%s", err, out)
 	}
 	mksquashfs := "mksquashfs tree legacy.sqsh -noappend -no-progress -quiet"
 	for _, c := range []struct {
@@ -52,6 +52,9 @@ func jobs(ctx context.Context, bin, image, work string, w io.Writer) error {
 apt-get -qq update >/dev/null; apt-get -qq install -y --no-install-recommends jq tree bc >/dev/null 2>&1
 update-initramfs -u -k "$(readlink /boot/vmlinuz | cut -d- -f2-)" >/dev/null 2>&1; rm -rf /var/lib/apt/lists/* /var/cache/apt/*`, mksquashfs, 20},
 	} {
+		if !strings.Contains(c.name, only) {
+			continue
+		}
 		j := jobBench{bin: bin, image: c.image, dir: dir}
 		start, ours, sent, err := j.run(ctx, c.edit)
 		if err != nil {

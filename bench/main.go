@@ -70,7 +70,10 @@ func (b bench) run(ctx context.Context) error {
 		"squashfs": squashfs, "prepare": prepare, "delta": delta, "ssh": ssh,
 	}
 	reports := map[string]func(ctx context.Context, bin, image, work string, w io.Writer) error{
-		"readings": readings, "jobs": jobs, "scaling": scaling,
+		"readings": readings, "scaling": scaling,
+		"jobs": func(ctx context.Context, bin, image, work string, w io.Writer) error {
+			return jobs(ctx, bin, image, work, b.only, w)
+		},
 		"growth": func(ctx context.Context, bin, image, work string, w io.Writer) error {
 			return growth(ctx, bin, image, work, b.plot, w)
 		},

@@ -349,7 +349,7 @@ func (img *Image) eachFile(ctx context.Context, fn func(*Inode) error) error {
 		if rec.Type.basic() != typeFile {
 			continue
 		}
-		ino, err := img.checkInode(rec)
+		ino, err := img.checkInode(&rec)
 		if err != nil {
 			return fmt.Errorf("inode %d: %w", rec.Number, err)
 		}

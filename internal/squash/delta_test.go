@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"flag"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -22,7 +23,7 @@ import (
 	treekit "github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
 )
 
-var editCases = flag.Int("edits", 0, "cases of TestDeltaEdits; 0 is a number for every day")
+var editCases = flag.Int("edits", 100, "cases of TestDeltaEdits and TestLayersEdits")
 
 // sameImage lists how the tree in one image differs from the one in another.
 func sameImage(t testing.TB, got, want *Image) []string {
@@ -324,10 +325,8 @@ func layoutsOf(t testing.TB, src Source, base *Image, epoch *time.Time) map[Layo
 // A delta image holds exactly what a full image of the same tree holds, however
 // the tree was changed, whoever made the base, in every layout.
 func TestDeltaEdits(t *testing.T) {
-	cases := *editCases
-	if cases == 0 {
-		cases = 400
-	}
+	testkit.NeedRoot(t)
+	t.Parallel()
 	origin := deltaTree(t)
 	bases := []string{
 		packFileOf(t, origin, Options{BlockSize: MinBlockSize}),
@@ -338,34 +337,63 @@ func TestDeltaEdits(t *testing.T) {
 		gensquashfs(t, origin, "-b", "4096"),
 		appended(t, origin),
 	}
-	for i := range cases {
-		base := openImage(t, bases[i%len(bases)])
-		work := t.TempDir()
-		dir, index := filepath.Join(work, "root"), filepath.Join(work, "index")
-		if _, err := Unpack(t.Context(), base, dir, UnpackOptions{Workers: 1}); err != nil {
-			t.Fatal(err)
-		}
-		if err := WriteIndex(t.Context(), base, dir, index); err != nil {
-			t.Fatal(err)
-		}
-		e := &editor{t: t, rnd: rand.New(rand.NewPCG(1, uint64(i))), root: dir}
-		for range 1 + e.rnd.IntN(12) {
-			e.step()
-		}
-		x, err := OpenIndex(index, base)
-		if err != nil {
-			t.Fatal(err)
-		}
-		src := dirSourceOf(t, dir, DirOptions{Index: x})
-		full, _ := packMem(t, dirSourceOf(t, dir, DirOptions{}), Options{BlockSize: MinBlockSize})
-		want := full.image(t)
-		for l, got := range layoutsOf(t, src, base, nil) {
-			if diff := sameImage(t, got, want); len(diff) > 0 {
-				t.Fatalf("case %d, %v of %s:\n%s\nafter\n%s", i, l, bases[i%len(bases)], strings.Join(diff, "\n"), strings.Join(e.log, "\n"))
+	for i := range *editCases {
+		ok := t.Run(fmt.Sprint(i), func(t *testing.T) {
+			base := openImage(t, bases[i%len(bases)])
+			work := t.TempDir()
+			dir, index := filepath.Join(work, "root"), filepath.Join(work, "index")
+			if _, err := Unpack(t.Context(), base, dir, UnpackOptions{Workers: 1}); err != nil {
+				t.Fatal(err)
 			}
+			if err := WriteIndex(t.Context(), base, dir, index); err != nil {
+				t.Fatal(err)
+			}
+			e := &editor{t: t, rnd: rand.New(rand.NewPCG(1, uint64(i))), root: dir}
+			for range 1 + e.rnd.IntN(12) {
+				e.step()
+			}
+			x, err := OpenIndex(index, base)
+			if err != nil {
+				t.Fatal(err)
+			}
+			src := dirSourceOf(t, dir, DirOptions{Index: x})
+			full, _ := packMem(t, dirSourceOf(t, dir, DirOptions{}), Options{BlockSize: MinBlockSize})
+			want := full.image(t)
+			images := layoutsOf(t, src, base, nil)
+			for l, got := range images {
+				if diff := sameImage(t, got, want); len(diff) > 0 {
+					t.Fatalf("%v of %s:\n%s\nafter\n%s", l, bases[i%len(bases)], strings.Join(diff, "\n"), strings.Join(e.log, "\n"))
+				}
+			}
+			// What our reader takes for the same, the kernel must, too.
+			mounted := kernelMount(t, fileOf(t, images[Layout(i%len(images))]))
+			treekit.Equal(t, dir, mounted, treekit.Seconds)
+			if t.Failed() {
+				t.Logf("%s after\n%s", bases[i%len(bases)], strings.Join(e.log, "\n"))
+			}
+		})
+		if !ok {
+			break
 		}
-		os.RemoveAll(work)
 	}
+}
+
+// fileOf is an image in a file, padded for the kernel's loop device.
+func fileOf(t testing.TB, img *Image) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "image.sqsh")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := io.Copy(f, io.NewSectionReader(img.r, 0, int64(img.sb.BytesUsed))); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Truncate((int64(img.sb.BytesUsed) + 4095) / 4096 * 4096); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 func packFileOf(t testing.TB, dir string, opt Options) string {

@@ -110,7 +110,7 @@ func (x dirIndex) append(dst []byte) []byte {
 	return append(dst, x.Name...)
 }
 
-func decodeDirIndex(src byteSource) (dirIndex, error) {
+func decodeDirIndex(src *metaCursor) (dirIndex, error) {
 	b, err := src.take(dirIndexSize)
 	if err != nil {
 		return dirIndex{}, err

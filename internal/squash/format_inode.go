@@ -236,12 +236,6 @@ func (r *inodeRecord) check() error {
 	return nil
 }
 
-// byteSource hands out the bytes of a decoded table one after the other; the
-// slice is only valid until the next call.
-type byteSource interface {
-	take(n int) ([]byte, error)
-}
-
 // blockListChunk bounds what is allocated for a block list before its words
 // have been seen to exist.
 const blockListChunk = 1024 // words
@@ -249,13 +243,13 @@ const blockListChunk = 1024 // words
 // decodeInode reads one inode record. Block sizes and the length of the block
 // list are checked against blockSize; the directory index is left unread, the
 // source then stands at its first entry.
-func decodeInode(src byteSource, blockSize uint32) (*inodeRecord, error) {
+func decodeInode(src *metaCursor, blockSize uint32) (r inodeRecord, err error) {
 	le := binary.LittleEndian
 	b, err := src.take(16)
 	if err != nil {
-		return nil, err
+		return r, err
 	}
-	r := &inodeRecord{
+	r = inodeRecord{
 		Type:     inodeType(le.Uint16(b)),
 		Mode:     le.Uint16(b[2:]),
 		UIDIndex: le.Uint16(b[4:]),
@@ -267,7 +261,7 @@ func decodeInode(src byteSource, blockSize uint32) (*inodeRecord, error) {
 		Fragment: noFragment,
 	}
 	if !r.Type.valid() {
-		return nil, corruptf("inode type %d does not exist", r.Type)
+		return r, corruptf("inode type %d does not exist", r.Type)
 	}
 	if r.Mode > 0o7777 {
 		// The kernel takes the type bits from the inode type; a writer that
@@ -275,7 +269,7 @@ func decodeInode(src byteSource, blockSize uint32) (*inodeRecord, error) {
 		r.Mode &= 0o7777
 	}
 	if b, err = src.take(r.Type.fixedLen()); err != nil {
-		return nil, err
+		return r, err
 	}
 	switch r.Type {
 	case typeDir:
@@ -322,10 +316,7 @@ func decodeInode(src byteSource, blockSize uint32) (*inodeRecord, error) {
 			r.Xattr = le.Uint32(b[4:])
 		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	return r, nil
+	return r, err
 }
 
 // fixedLen is the length of the fields between the common header and the
@@ -346,7 +337,7 @@ func (t inodeType) fixedLen() int {
 	return 4 // fifo, socket
 }
 
-func (r *inodeRecord) decodeBlocks(src byteSource, blockSize uint32) error {
+func (r *inodeRecord) decodeBlocks(src *metaCursor, blockSize uint32) error {
 	if r.Fragment != noFragment && r.Size%uint64(blockSize) == 0 {
 		return corruptf("file of %d bytes has a fragment but no tail for it", r.Size)
 	}
@@ -370,7 +361,7 @@ func (r *inodeRecord) decodeBlocks(src byteSource, blockSize uint32) error {
 	return nil
 }
 
-func (r *inodeRecord) decodeTarget(src byteSource, n uint32) error {
+func (r *inodeRecord) decodeTarget(src *metaCursor, n uint32) error {
 	if n == 0 || n > maxSymlinkLen {
 		return corruptf("symlink target of %d bytes", n)
 	}

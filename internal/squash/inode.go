@@ -91,15 +91,15 @@ func (img *Image) Root() (*Inode, error) {
 
 // inode reads and checks the inode at ref.
 func (img *Image) inode(ref inodeRef) (*Inode, error) {
-	c, err := img.cursor(img.inodes, ref)
+	c := metaCursor{img: img}
+	if err := c.seek(img.inodes, ref); err != nil {
+		return nil, err
+	}
+	r, err := decodeInode(&c, img.sb.BlockSize)
 	if err != nil {
 		return nil, err
 	}
-	r, err := decodeInode(c, img.sb.BlockSize)
-	if err != nil {
-		return nil, err
-	}
-	ino, err := img.checkInode(r)
+	ino, err := img.checkInode(&r)
 	if err != nil {
 		return nil, fmt.Errorf("inode %d: %w", r.Number, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"sync"
+	"sync/atomic"
 )
 
 // metaCacheBlocks bounds the cache of decoded metadata blocks: 4 MiB.
@@ -22,12 +23,16 @@ type metaBlock struct {
 
 // metaCache keeps the metadata blocks used last.
 type metaCache struct {
+	last   atomic.Pointer[metaBlock] // used last; inodes are mostly read in their order
 	mu     sync.Mutex
 	blocks map[int64]*list.Element // of *metaBlock
 	order  list.List               // most recently used first
 }
 
 func (c *metaCache) get(pos int64) *metaBlock {
+	if b := c.last.Load(); b != nil && b.pos == pos {
+		return b
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e, ok := c.blocks[pos]
@@ -35,7 +40,9 @@ func (c *metaCache) get(pos int64) *metaBlock {
 		return nil
 	}
 	c.order.MoveToFront(e)
-	return e.Value.(*metaBlock)
+	b := e.Value.(*metaBlock)
+	c.last.Store(b)
+	return b
 }
 
 func (c *metaCache) put(b *metaBlock) {
@@ -162,7 +169,7 @@ func (c *metaCursor) ref() metaRef {
 	return makeRef(uint64(c.block.pos-c.table.start), len(c.block.data)-len(c.rest))
 }
 
-// take implements byteSource.
+// take returns the next n bytes; the slice is only valid until the next call.
 func (c *metaCursor) take(n int) ([]byte, error) {
 	if n <= len(c.rest) {
 		b := c.rest[:n]

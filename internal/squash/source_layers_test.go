@@ -79,10 +79,7 @@ const stockOptions = ",userxattr,index=on"
 // the same changes.
 func TestLayersEdits(t *testing.T) {
 	testkit.NeedRoot(t)
-	cases := *editCases
-	if cases == 0 {
-		cases = 150
-	}
+	t.Parallel()
 	origin := deltaTree(t)
 	images := []string{
 		packFileOf(t, origin, Options{BlockSize: MinBlockSize}),
@@ -93,7 +90,7 @@ func TestLayersEdits(t *testing.T) {
 	for _, image := range images {
 		lowers = append(lowers, kernelMount(t, image))
 	}
-	for i := range cases {
+	for i := range *editCases {
 		ok := t.Run(fmt.Sprint(i), func(t *testing.T) {
 			n := i % len(images)
 			base := openImage(t, images[n])

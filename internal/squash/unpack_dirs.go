@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxDirFDs is how many directories are kept open that nobody uses.
+// maxDirFDs is how many directories are kept open; more only while they are used.
 const maxDirFDs = 128
 
 // dirFDs opens the directories of the tree being made, one name at a time from
@@ -20,13 +20,13 @@ type dirFDs struct {
 
 	mu   sync.Mutex
 	open map[*treeDir]*dirFD
-	idle list.List // of *treeDir used by nobody, the one used last in front
+	used list.List // of *treeDir, the one used last in front
 }
 
 type dirFD struct {
 	fd    int
 	users int
-	place *list.Element // in idle, if users is zero
+	place *list.Element // in used
 }
 
 func newDirFDs(root int) *dirFDs { return &dirFDs{root: root, open: map[*treeDir]*dirFD{}} }
@@ -39,7 +39,8 @@ func (c *dirFDs) get(d *treeDir) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.open[d]; e != nil {
-		c.use(e)
+		e.users++
+		c.used.MoveToFront(e.place)
 		return e.fd, nil
 	}
 	// Open the way down from the nearest ancestor that is open.
@@ -52,7 +53,6 @@ func (c *dirFDs) get(d *treeDir) (int, error) {
 		}
 		way = append(way, at)
 	}
-	var e *dirFD
 	for i := len(way) - 1; i >= 0; i-- {
 		var next int
 		err := ignoringEINTR(func() (err error) {
@@ -62,21 +62,14 @@ func (c *dirFDs) get(d *treeDir) (int, error) {
 		if err != nil {
 			return -1, fmt.Errorf("open directory %s: %w", way[i].path(), err)
 		}
-		fd, e = next, &dirFD{fd: next, users: 1}
-		c.open[way[i]] = e
-		if i > 0 { // only on the way
-			e.users, e.place = 0, c.idle.PushFront(way[i])
+		e := &dirFD{fd: next, place: c.used.PushFront(way[i])}
+		fd, c.open[way[i]] = next, e
+		if i == 0 {
+			e.users = 1
 		}
 		c.trim()
 	}
 	return fd, nil
-}
-
-func (c *dirFDs) use(e *dirFD) {
-	if e.users++; e.place != nil {
-		c.idle.Remove(e.place)
-		e.place = nil
-	}
 }
 
 // put says that the caller of get is done.
@@ -86,19 +79,19 @@ func (c *dirFDs) put(d *treeDir) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	e := c.open[d]
-	if e.users--; e.users == 0 {
-		e.place = c.idle.PushFront(d)
-		c.trim()
-	}
+	c.open[d].users--
 }
 
 // trim closes the directories used longest ago.
 func (c *dirFDs) trim() {
-	for c.idle.Len() > maxDirFDs {
-		d := c.idle.Remove(c.idle.Back()).(*treeDir)
-		unix.Close(c.open[d].fd)
-		delete(c.open, d)
+	for at := c.used.Back(); at != nil && c.used.Len() > maxDirFDs; {
+		d, last := at.Value.(*treeDir), at
+		at = at.Prev()
+		if e := c.open[d]; e.users == 0 {
+			unix.Close(e.fd)
+			delete(c.open, d)
+			c.used.Remove(last)
+		}
 	}
 }
 

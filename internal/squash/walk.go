@@ -159,8 +159,9 @@ func (w *walker) meet(dir *treeDir, e dirEntry) (*treeName, error) {
 	}
 	n := &treeName{dir: dir, name: e.Name, ino: ino}
 	linked := !ino.IsDir() && ino.NLink > 1
-	key := binary.LittleEndian.AppendUint64(nil, uint64(e.ref))
+	var key []byte
 	if linked {
+		key = binary.LittleEndian.AppendUint64(nil, uint64(e.ref))
 		var at int
 		if at, n.again = w.links.find(key); n.again {
 			if w.named {

@@ -89,7 +89,7 @@ func (img *Image) xattrsAt(index uint64) ([]Xattr, error) {
 	return list, nil
 }
 
-func decodeXattrKey(src byteSource) (typ uint16, name string, err error) {
+func decodeXattrKey(src *metaCursor) (typ uint16, name string, err error) {
 	b, err := src.take(xattrKeySize)
 	if err != nil {
 		return 0, "", err
