@@ -326,7 +326,6 @@ func layoutsOf(t testing.TB, src Source, base *Image, epoch *time.Time) map[Layo
 // the tree was changed, whoever made the base, in every layout.
 func TestDeltaEdits(t *testing.T) {
 	testkit.NeedRoot(t)
-	t.Parallel()
 	origin := deltaTree(t)
 	bases := []string{
 		packFileOf(t, origin, Options{BlockSize: MinBlockSize}),

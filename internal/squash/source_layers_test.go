@@ -79,7 +79,6 @@ const stockOptions = ",userxattr,index=on"
 // the same changes.
 func TestLayersEdits(t *testing.T) {
 	testkit.NeedRoot(t)
-	t.Parallel()
 	origin := deltaTree(t)
 	images := []string{
 		packFileOf(t, origin, Options{BlockSize: MinBlockSize}),
