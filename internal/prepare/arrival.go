@@ -130,18 +130,21 @@ func (a *arrival) ReadAt(p []byte, off int64) (int, error) {
 	return a.file.ReadAt(p, off)
 }
 
+// want is wait for a reader: the unit is fetched before others.
 func (a *arrival) want(i int) error {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.err == nil && a.units[i] != unitLanded {
+	landed := a.err == nil && a.units[i] == unitLanded
+	if !landed {
 		a.wanted = append(a.wanted, i)
-		defer func() {
-			at := slices.Index(a.wanted, i)
-			a.wanted = slices.Delete(a.wanted, at, at+1)
-		}()
 	}
-	for a.err == nil && a.units[i] != unitLanded {
-		a.moved.Wait()
+	a.mu.Unlock()
+	if landed {
+		return nil
 	}
-	return a.err
+	err := a.wait(context.Background(), i)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	at := slices.Index(a.wanted, i)
+	a.wanted = slices.Delete(a.wanted, at, at+1)
+	return err
 }
