@@ -15,6 +15,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -294,8 +295,18 @@ func client(name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// run runs cmd and returns its two outputs and exit code. A client that hangs is killed.
+// run runs cmd and returns its two outputs and exit code. A client that hangs is killed, and fails the test.
 func run(t testing.TB, cmd *exec.Cmd) (stdout, stderr string, code int) {
+	t.Helper()
+	stdout, stderr, code, ended := runWithin(t, patience, cmd)
+	if !ended {
+		t.Fatalf("%s: not done within %s\n%s%s", cmd, patience, stdout, stderr)
+	}
+	return stdout, stderr, code
+}
+
+// runWithin is run for a client that may hang: it is killed at the limit and has not ended then.
+func runWithin(t testing.TB, limit time.Duration, cmd *exec.Cmd) (stdout, stderr string, code int, ended bool) {
 	t.Helper()
 	var out, errs bytes.Buffer
 	if cmd.Stdout == nil {
@@ -305,7 +316,7 @@ func run(t testing.TB, cmd *exec.Cmd) (stdout, stderr string, code int) {
 	if err := cmd.Start(); err != nil {
 		t.Fatalf("%s: %v", cmd, err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer context.AfterFunc(ctx, func() {
 		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			cmd.Process.Kill()
@@ -313,14 +324,12 @@ func run(t testing.TB, cmd *exec.Cmd) (stdout, stderr string, code int) {
 	})()
 	defer cancel()
 	err := cmd.Wait()
-	if ctx.Err() != nil {
-		t.Fatalf("%s: not done within %s\n%s%s", cmd, patience, out.String(), errs.String())
-	}
+	ended = ctx.Err() == nil
 	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
+	if ended && err != nil && !errors.As(err, &exit) {
 		t.Fatalf("%s: %v", cmd, err)
 	}
-	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode(), ended
 }
 
 // must runs cmd, which has to end well, and returns its standard output.
