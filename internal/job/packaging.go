@@ -92,7 +92,7 @@ func (r *run) packWhilePublishing(ctx context.Context, root *layers.Root, boot *
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		err := r.guard(func() error { return r.pack(packing, root, base, file, pending.Whole) })
+		err := r.guard(func() error { return r.pack(packing, root, base, file, pending) })
 		if pending.Close(err); err == nil {
 			r.reportChanges(packing, base, file)
 		}
@@ -115,10 +115,10 @@ func (r *run) createPacked() (*os.File, error) {
 	return os.OpenFile(r.packedPath(), os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 }
 
-// pack writes the image to file and calls whole as soon as it can be read. Where it does not fit beside the image the root
-// was made from, that one is given up, which no job depends on.
-func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.File, whole func(int64, *upload.Base)) error {
-	opt := squash.Options{MemoryLimit: cgroupMemory() / 4}
+// pack writes the image to file, and tells how far it has come and when it can be read. Where it does not fit beside the
+// image the root was made from, that one is given up, which no job depends on.
+func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.File, pending *upload.Pending) error {
+	opt := squash.Options{MemoryLimit: cgroupMemory() / 4, Grown: pending.Grown}
 	dir := squash.DirOptions{OneFileSystem: true, SpoolDir: filepath.Dir(r.packedPath())}
 	if base != nil {
 		opt.Base, dir.Index = &squash.Base{Image: base.image}, base.index
@@ -128,7 +128,7 @@ func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.
 	written := false
 	opt.Written = func(stats squash.Stats) {
 		written = true
-		whole(stats.BytesOut, base.shared(stats.Base))
+		pending.Whole(stats.BytesOut, base.shared(stats.Base))
 	}
 	stats, err := r.packTo(ctx, root, dir, file, opt)
 	if full(err) && base.removable() && !written {
@@ -136,7 +136,7 @@ func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.
 		if err := errors.Join(base.remove(), file.Truncate(0)); err != nil {
 			return fmt.Errorf("make room for the image: %w", err)
 		}
-		opt.Base, dir.Index = nil, nil
+		opt.Base, opt.Grown, dir.Index = nil, nil, nil
 		stats, err = r.packTo(ctx, root, dir, file, opt)
 	}
 	if err != nil {

@@ -37,6 +37,11 @@ type Options struct {
 	// that are in the image, from one goroutine at a time.
 	Progress func(done, total int64)
 
+	// Grown, if set, is called as the image grows, from one goroutine: its bytes
+	// from `from` up to `to` are written and stay as they are. What is taken over
+	// from the base lies before them.
+	Grown func(from, to int64)
+
 	// Written, if set, is called once the image is written, before PackFile
 	// checks it and brings it to disk: somebody can read it meanwhile.
 	Written func(Stats)

@@ -83,6 +83,7 @@ func (w *writer) run(ctx context.Context, src Source) error {
 	if err != nil {
 		return err
 	}
+	w.out.from, w.out.grown = w.out.off, w.opt.Grown
 	if err := newPipeline(w).run(ctx); err != nil {
 		return err
 	}
@@ -296,6 +297,9 @@ type imageOut struct {
 	off int64
 
 	done, total int64 // of the files' content, to guess what an image needs
+
+	from  int64 // what lies before this is still being written
+	grown func(from, to int64)
 }
 
 func (o *imageOut) write(p []byte) error {
@@ -303,6 +307,9 @@ func (o *imageOut) write(p []byte) error {
 		return err
 	}
 	o.off += int64(len(p))
+	if o.grown != nil {
+		o.grown(o.from, o.off)
+	}
 	return nil
 }
 

@@ -137,7 +137,7 @@ func TestBase(t *testing.T) {
 	var mu sync.Mutex
 	info, err := s.Put(t.Context(), Object{Key: "new/rootfs", Body: bytes.NewReader(body), Size: int64(len(body)),
 		Progress: func(n int64) { mu.Lock(); acked += n; mu.Unlock() },
-		Base:     &Base{Key: "old/ü/rootfs", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}})
+		Bases:    []*Base{{Key: "old/ü/rootfs", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +152,7 @@ func TestBase(t *testing.T) {
 	small := old[:6<<20]
 	for _, key := range []string{"old/initrd", "new/initrd"} { // the first has no base yet
 		_, err := s.Put(t.Context(), Object{Key: key, Body: bytes.NewReader(small), Size: int64(len(small)),
-			Base: &Base{Key: "old/initrd", Size: int64(len(small)), Same: []Range{{0, 0, int64(len(small))}}}})
+			Bases: []*Base{{Key: "old/initrd", Size: int64(len(small)), Same: []Range{{0, 0, int64(len(small))}}}}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -206,7 +206,7 @@ func TestBaseTrouble(t *testing.T) {
 				return resp
 			}
 			info, err := s.Put(t.Context(), Object{Key: "new", Body: bytes.NewReader(body), Size: int64(len(body)),
-				Base: &Base{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}})
+				Bases: []*Base{{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}}})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -232,7 +232,7 @@ func TestBaseEnds(t *testing.T) {
 	old := noise(17 << 20)
 	body := edited(old, 1<<20)
 	object := Object{Key: "new", Body: bytes.NewReader(body), Size: int64(len(body)),
-		Base: &Base{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}}
+		Bases: []*Base{{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: []Range{{96, 96, int64(len(old)) - 96}}}}}
 	t.Run("told", func(t *testing.T) {
 		s := newStore(t, nil)
 		replace(t, s, old)
@@ -285,11 +285,11 @@ func TestCut(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var base *Base
+		bases := []*Base{{}, {ahead: true}}
 		atLeast := int64(0)
 		if r.IntN(4) > 0 {
-			base = &Base{}
 			for to, i := int64(r.IntN(2))*96, 0; to < size && i < 2000; i++ {
+				base := bases[r.IntN(2)]
 				n := min(1+r.Int64N(1+size/int64(1+r.IntN(3000))), size-to)
 				base.Same = append(base.Same, Range{From: r.Int64N(1 << 40), To: to, N: n})
 				if n-minPartSize >= worthCopying(size) {
@@ -298,13 +298,13 @@ func TestCut(t *testing.T) {
 				to += n + r.Int64N(2)*r.Int64N(1+size/100)
 			}
 		}
-		pieces := cut(size, part, base)
+		pieces := cut(size, part, bases)
 		var copied int64
 		var sent []piece
 		for _, p := range pieces {
-			if p.copied {
+			if p.base != nil {
 				copied += p.n
-				if !slices.ContainsFunc(base.Same, func(r Range) bool {
+				if !slices.ContainsFunc(p.base.Same, func(r Range) bool {
 					return p.off >= r.To && p.off+p.n <= r.To+r.N && p.off-r.To == p.from-r.From
 				}) {
 					t.Fatalf("%+v is not of a range the base has", p)
@@ -340,7 +340,7 @@ func TestBaseMoved(t *testing.T) {
 	const mib = 1 << 20
 	body := slices.Concat(noise(6*mib), old[3*mib+1:12*mib], old[20*mib:20*mib+99], noise(100), old[21*mib:40*mib], noise(7))
 	same := []Range{{3*mib + 1, 6 * mib, 9*mib - 1}, {20 * mib, 15*mib - 1, 99}, {21 * mib, 15*mib + 198, 19 * mib}}
-	_, err := s.Put(t.Context(), Object{Key: "new", Body: bytes.NewReader(body), Size: int64(len(body)), Base: &Base{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: same}})
+	_, err := s.Put(t.Context(), Object{Key: "new", Body: bytes.NewReader(body), Size: int64(len(body)), Bases: []*Base{{Key: "old", Size: int64(len(old)), MD5: sumOf(old), Same: same}}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,7 +27,7 @@ type Object struct {
 	MD5      string            // hex digest of the whole body; "" lets Put compute it
 	Metadata map[string]string // values may be any text; "md5sum" is added by Put
 	Progress func(n int64)     // n more bytes are acknowledged; nil for none; calls may overlap
-	Base     *Base             // nil: everything is sent
+	Bases    []*Base           // what need not be sent
 
 	// Confirm, if set, is called when all is sent, and before the object comes
 	// into being; an error of it ends the upload.
@@ -41,7 +41,9 @@ type Base struct {
 	Key  string
 	Size int64
 	MD5  string  // "" for that of the object to store, whose content it has
-	Same []Range // in ascending order of To, apart from each other there
+	Same []Range // in ascending order of To, apart from each other and from those of other bases there
+
+	ahead bool // sent for this object and by nobody else; it can as well be sent again
 }
 
 // Range is a range of the base's object that stands in the new one.
@@ -83,8 +85,8 @@ func (s *S3) Put(ctx context.Context, o Object) (Info, error) {
 		o.Confirm = func(context.Context) error { return nil }
 	}
 	began, sent := time.Now(), o.Size
-	o.Base = s.usable(ctx, o)
-	if o.Size <= s.partSize && o.Base == nil {
+	o.Bases = slices.DeleteFunc(slices.Clone(o.Bases), func(b *Base) bool { return !s.usable(ctx, o, b) })
+	if o.Size <= s.partSize && len(o.Bases) == 0 {
 		err = s.putSingle(ctx, o, meta)
 	} else {
 		sent, err = s.putParts(ctx, o, meta)
@@ -174,7 +176,7 @@ func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (se
 	}()
 	t := &transfer{s: s, o: o, id: id, part: size, parts: map[int32]sentPart{},
 		slots: make(chan struct{}, s.parallel), copying: make(chan struct{}, copyRequests)}
-	if err := t.run(ctx, cut(o.Size, size, o.Base)); err != nil {
+	if err := t.run(ctx, cut(o.Size, size, o.Bases)); err != nil {
 		return 0, err
 	}
 	if err := o.Confirm(ctx); err != nil {
@@ -184,18 +186,20 @@ func (s *S3) putParts(ctx context.Context, o Object, meta map[string]string) (se
 		return 0, err
 	}
 	for _, p := range t.parts {
-		if !p.copied {
+		if p.base == nil {
 			sent += p.n
 		}
 	}
 	return sent, nil
 }
 
-// usable returns the object's base if copying from it can work and pays.
-func (s *S3) usable(ctx context.Context, o Object) *Base {
-	b := o.Base
-	if b == nil || !slices.ContainsFunc(cut(o.Size, s.partSize, b), func(p piece) bool { return p.copied }) {
-		return nil
+// usable reports whether copying from a base can work and pays.
+func (s *S3) usable(ctx context.Context, o Object, b *Base) bool {
+	if b == nil || !slices.ContainsFunc(cut(o.Size, s.partSize, []*Base{b}), func(p piece) bool { return p.base == b }) {
+		return false
+	}
+	if b.ahead {
+		return true
 	}
 	info, err := s.Head(ctx, b.Key)
 	switch {
@@ -203,10 +207,10 @@ func (s *S3) usable(ctx context.Context, o Object) *Base {
 	case info.Size != b.Size || info.Metadata["md5sum"] != cmp.Or(b.MD5, o.MD5):
 		err = errors.New("it is another object by now")
 	default:
-		return b
+		return true
 	}
 	s.log.Info("all of the object is sent: the store cannot copy from the old one", "object", s.URL(o.Key), "old", s.URL(b.Key), "why", err)
-	return nil
+	return false
 }
 
 func (s *S3) begin(ctx context.Context, key string, meta map[string]string) (string, error) {

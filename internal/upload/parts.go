@@ -3,6 +3,7 @@
 package upload
 
 import (
+	"cmp"
 	"context"
 	"crypto/md5"
 	"encoding/base64"
@@ -25,6 +26,7 @@ import (
 const (
 	copyEach     = 32 << 20 // what one of several requests for a range copies at least
 	copyRequests = 4        // as long as none copies more than copyMost
+	copyAhead    = 32       // of two parts or more where what is copied can as well be sent
 	copyMost     = 4 << 30  // S3 allows 5 GiB
 	mostRanges   = 512      // so that the parts' numbers suffice
 )
@@ -37,41 +39,43 @@ func worthCopying(size int64) int64 { return max(minPartSize, size/mostRanges) }
 type piece struct {
 	number int32
 	off, n int64
-	copied bool
-	from   int64 // where it lies in the base, if it is copied
+	base   *Base // it is copied from there; nil: it is sent
+	from   int64 // where it lies in the base
 }
 
-// cut makes pieces of a body, of about a part where they are sent. base may be
-// nil. What is sent before a range must be as long as a part must be, and takes
-// what that lacks from the range.
-func cut(size, part int64, base *Base) []piece {
+// cut makes pieces of a body, of about a part where they are sent. What is sent
+// before a range must be as long as a part must be, and takes what that lacks
+// from the range.
+func cut(size, part int64, bases []*Base) []piece {
 	var list []piece
 	var off int64
 	number := int32(1)
-	if base != nil {
-		for _, r := range base.Same {
-			to := r.To
-			if to != off {
-				to = max(to, off+minPartSize)
+	for _, r := range ranges(bases) {
+		to := max(r.To, off)
+		if to != off {
+			to = max(to, off+minPartSize)
+		}
+		n := r.To + r.N - to
+		if n < worthCopying(size) {
+			continue
+		}
+		if to > off {
+			sent := split(piece{number: number, off: off, n: to - off}, part)
+			list, off, number = append(list, sent...), to, number+int32(len(sent))
+		}
+		requests := min(n/copyEach, copyRequests)
+		if r.base.ahead {
+			requests = min(n/(2*part), copyAhead)
+		}
+		requests = max(requests, (n+copyMost-1)/copyMost, 1)
+		span := ((n+requests-1)/requests + part - 1) / part * part
+		for n > 0 {
+			step := min(span, n)
+			if n-step < part {
+				step = n
 			}
-			n := r.To + r.N - to
-			if n < worthCopying(size) {
-				continue
-			}
-			if to > off {
-				sent := split(piece{number: number, off: off, n: to - off}, part)
-				list, off, number = append(list, sent...), to, number+int32(len(sent))
-			}
-			requests := max(min(n/copyEach, copyRequests), (n+copyMost-1)/copyMost, 1)
-			span := ((n+requests-1)/requests + part - 1) / part * part
-			for n > 0 {
-				step := min(span, n)
-				if n-step < part {
-					step = n
-				}
-				list = append(list, piece{number, off, step, true, off - r.To + r.From})
-				off, n, number = off+step, n-step, number+int32((step+part-1)/part)
-			}
+			list = append(list, piece{number, off, step, r.base, off - r.To + r.From})
+			off, n, number = off+step, n-step, number+int32((step+part-1)/part)
 		}
 	}
 	for ; off < size; number++ {
@@ -79,6 +83,28 @@ func cut(size, part int64, base *Base) []piece {
 		list = append(list, piece{number: number, off: off, n: n})
 		off += n
 	}
+	return list
+}
+
+// rangeOf is a range of one of several bases.
+type rangeOf struct {
+	Range
+	base *Base
+}
+
+// ranges lists those of all bases by their place in the new object. Neighbours
+// that are neighbours in their base, too, are one.
+func ranges(bases []*Base) (list []rangeOf) {
+	for _, b := range bases {
+		for _, r := range b.Same {
+			if i := len(list) - 1; i >= 0 && list[i].base == b && list[i].To+list[i].N == r.To && list[i].From+list[i].N == r.From {
+				list[i].N += r.N
+				continue
+			}
+			list = append(list, rangeOf{r, b})
+		}
+	}
+	slices.SortStableFunc(list, func(a, b rangeOf) int { return cmp.Compare(a.To, b.To) })
 	return list
 }
 
@@ -110,33 +136,70 @@ const partGrace = 3 * time.Second
 // way.
 func (t *transfer) run(ctx context.Context, pieces []piece) error {
 	g, gctx := errgroup.WithContext(ctx)
-	requests, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
-	defer cancel(nil)
-	defer context.AfterFunc(gctx, func() {
-		time.AfterFunc(partGrace, func() { cancel(context.Cause(gctx)) })
-	})()
-	t.requests = requests
-	for _, p := range pieces {
-		if p.copied {
-			g.Go(func() error { return t.copy(gctx, p) })
-		}
-	}
-	for _, p := range pieces {
-		if p.copied {
-			continue
-		}
+	defer t.outlive(gctx, ctx)()
+	send := func(p piece) (ok bool) {
 		if acquire(gctx, t.slots) != nil {
-			break
+			return false
 		}
 		g.Go(func() error {
 			defer release(t.slots)
 			return t.send(gctx, p)
 		})
+		return true
+	}
+	var either, sent []piece
+	for _, p := range pieces {
+		switch {
+		case p.base == nil:
+			sent = append(sent, p)
+		case p.base.ahead:
+			either = append(either, p)
+		default:
+			g.Go(func() error { return t.copy(gctx, p) })
+		}
+	}
+	left := newSpare(either)
+	for range copyRequests {
+		p, ok := left.take(false) // before anybody who sends does
+		g.Go(func() error {
+			for ; ok; p, ok = left.take(false) {
+				if err := t.copy(gctx, p); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	for _, p := range sent {
+		if !send(p) {
+			break
+		}
+	}
+	for p, ok := left.take(true); ok; p, ok = left.take(true) {
+		for _, p := range split(p, t.part) {
+			if !send(p) {
+				break
+			}
+		}
 	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
 	return context.Cause(ctx) // set when the loop ended before any part noticed
+}
+
+// outlive sets the context of requests: it ends partGrace after ctx has, and
+// with a call of what is returned. values is what it inherits from.
+func (t *transfer) outlive(ctx, values context.Context) (end func()) {
+	requests, cancel := context.WithCancelCause(context.WithoutCancel(values))
+	t.requests = requests
+	stop := context.AfterFunc(ctx, func() {
+		time.AfterFunc(partGrace, func() { cancel(context.Cause(ctx)) })
+	})
+	return func() {
+		stop()
+		cancel(nil)
+	}
 }
 
 func acquire(ctx context.Context, slots chan struct{}) error {
@@ -209,7 +272,7 @@ func (t *transfer) copy(ctx context.Context, p piece) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	t.s.log.Warn("a range of the old image is sent instead of copied in the store", "object", t.s.URL(t.o.Key),
+	t.s.log.Warn("a range is sent instead of copied in the store", "object", t.s.URL(t.o.Key), "from", t.s.URL(p.base.Key),
 		"at", p.off, "bytes", p.n, "why", err)
 	for _, p := range split(p, t.part) {
 		if err := acquire(ctx, t.slots); err != nil {
@@ -232,7 +295,7 @@ func (t *transfer) tryCopy(ctx context.Context, p piece) (etag string, err error
 		return err
 	})
 	// One attempt: what is sent instead is tried for longer.
-	etag, err = t.s.copyRange(t.requests, t.s.bucket+"/"+escapeKey(t.o.Base.Key), t.o.Key, t.id, p)
+	etag, err = t.s.copyRange(t.requests, t.s.bucket+"/"+escapeKey(p.base.Key), t.o.Key, t.id, p)
 	if err != nil {
 		err = t.s.explain("copy part "+fmt.Sprint(p.number), err)
 	}
@@ -289,9 +352,15 @@ func (t *transfer) complete(ctx context.Context) error {
 // completed lists the parts in their order.
 func (t *transfer) completed() []types.CompletedPart {
 	var list []types.CompletedPart
+	for _, p := range t.inOrder() {
+		list = append(list, types.CompletedPart{PartNumber: &p.number, ETag: &p.etag})
+	}
+	return list
+}
+
+func (t *transfer) inOrder() (list []sentPart) {
 	for _, number := range slices.Sorted(maps.Keys(t.parts)) {
-		etag := t.parts[number].etag
-		list = append(list, types.CompletedPart{PartNumber: &number, ETag: &etag})
+		list = append(list, t.parts[number])
 	}
 	return list
 }

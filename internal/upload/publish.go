@@ -27,6 +27,7 @@ import (
 type Store interface {
 	URL(key string) string
 	Put(ctx context.Context, o Object) (Info, error)
+	SendAhead(ctx context.Context, key string, body io.ReaderAt, p *Pending) *Base
 	List(ctx context.Context, prefix string) ([]Info, error)
 	Delete(ctx context.Context, keys ...string) error
 	AbortUploads(ctx context.Context, prefix string) error
@@ -42,6 +43,7 @@ const (
 	Initrd         Kind = "initrd"
 	BootParameters Kind = "boot_parameters"
 	manifest       Kind = "manifest.json"
+	ahead          Kind = "rootfs.ahead" // what was sent of the rootfs before it was whole; deleted when that is stored
 )
 
 var order = []Kind{Rootfs, Kernel, Initrd, BootParameters}
@@ -201,13 +203,16 @@ func guard(do func() error) (err error) {
 
 func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[string]string, progress *sync.Mutex) (Entry, error) {
 	key := r.ImageID + "/" + string(a.Kind)
-	var confirm func(context.Context) error
+	o := Object{Key: key, Body: a.Body}
+	sentAhead := func() *Base { return nil }
 	if a.Pending != nil {
+		sentAhead = r.sendAhead(ctx, store, a)
+		defer sentAhead() // nothing of it is under way any more when the caller cleans up
 		var err error
 		if a.Size, a.Base, err = a.Pending.await(ctx); err != nil {
 			return Entry{}, err
 		}
-		confirm = a.Pending.confirmed
+		o.Confirm = a.Pending.confirmed
 	}
 	sum, err := md5Of(ctx, a.Body, a.Size)
 	if err != nil {
@@ -218,7 +223,12 @@ func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[stri
 			delete(meta, k)
 		}
 	}
-	o := Object{Key: key, Body: a.Body, Size: a.Size, MD5: sum, Metadata: meta, Base: a.Base, Confirm: confirm}
+	o.Size, o.MD5, o.Metadata = a.Size, sum, meta
+	for _, b := range []*Base{a.Base, sentAhead()} {
+		if b != nil {
+			o.Bases = append(o.Bases, b)
+		}
+	}
 	if r.Progress != nil {
 		var done int64
 		o.Progress = func(n int64) {
@@ -233,7 +243,30 @@ func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[stri
 	if err != nil {
 		return Entry{}, err
 	}
+	if b := sentAhead(); b != nil {
+		if err := store.Delete(ctx, b.Key); err != nil && r.Log != nil {
+			r.Log.Warn("what was sent of the image before it was whole could not be deleted; delete it by hand", "object", store.URL(b.Key), "error", err)
+		}
+	}
 	return Entry{Link: Link{ETag: info.ETag, Path: store.URL(key), Type: "s3"}, MD5: sum, Type: mediaTypes[a.Kind]}, nil
+}
+
+// sendAhead begins to send a body that is being made, and returns what waits for
+// the end of that.
+func (r Request) sendAhead(ctx context.Context, store Store, a Artifact) (wait func() *Base) {
+	ready := make(chan *Base, 1)
+	go func() {
+		var b *Base
+		err := guard(func() error {
+			b = store.SendAhead(ctx, r.ImageID+"/"+string(ahead), a.Body, a.Pending)
+			return nil
+		})
+		if err != nil && r.Log != nil {
+			r.Log.Error("nothing is sent before the image is whole", "error", err)
+		}
+		ready <- b
+	}()
+	return sync.OnceValue(func() *Base { return <-ready })
 }
 
 // encodeManifest writes the manifest as the legacy uploader does: keys sorted,
@@ -256,7 +289,7 @@ func Remove(ctx context.Context, store Store, imageID string) error {
 		errs = append(errs, err)
 	}
 	// The known names are deleted even when the store refuses to list.
-	keys := map[string]bool{prefix + string(manifest): true}
+	keys := map[string]bool{prefix + string(manifest): true, prefix + string(ahead): true}
 	for _, k := range order {
 		keys[prefix+string(k)] = true
 	}
