@@ -53,6 +53,7 @@ func (c comparison) once() comparison {
 // side is one way to do the job.
 type side struct {
 	argv   []string
+	env    []string       // nil: ours
 	before func() error   // puts things back, outside the measured time
 	output string         // a file whose size matters
 	server func() float64 // CPU of the server that serves argv since its start, in seconds; nil: there is none
@@ -101,7 +102,7 @@ func (s side) run(ctx context.Context) (figures, error) {
 		served = -s.server()
 	}
 	cmd := exec.CommandContext(ctx, s.argv[0], s.argv[1:]...)
-	cmd.Stdout, cmd.Stderr = nil, &out
+	cmd.Env, cmd.Stdout, cmd.Stderr = s.env, nil, &out
 	start := time.Now()
 	err := cmd.Run()
 	wall := time.Since(start)

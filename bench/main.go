@@ -26,7 +26,7 @@ func main() {
 	flag.StringVar(&b.bin, "bin", "bin", "directory of sshd, sidecar and imslocal")
 	flag.StringVar(&b.image, "image", "build/base/bookworm.squashfs", "image whose tree is packed and unpacked")
 	flag.IntVar(&b.n, "n", 5, "runs of each side")
-	flag.StringVar(&b.topics, "topics", "squashfs,prepare,delta,ssh,readings,jobs,growth,scaling", "what to compare, separated by commas")
+	flag.StringVar(&b.topics, "topics", "squashfs,prepare,publish,delta,ssh,readings,jobs,growth,scaling", "what to compare, separated by commas")
 	flag.StringVar(&b.only, "only", "", "run only comparisons whose name contains this")
 	flag.StringVar(&b.plot, "plot", "", "file for the plot of growth, as SVG")
 	files := flag.Int("synthetic", 0, "only pack so many small files that exist nowhere")
@@ -67,7 +67,7 @@ func (b bench) run(ctx context.Context) error {
 		return err
 	}
 	tables := map[string]func(ctx context.Context, bin, image, work string) ([]comparison, func(), error){
-		"squashfs": squashfs, "prepare": prepare, "delta": delta, "ssh": ssh,
+		"squashfs": squashfs, "prepare": prepare, "publish": publish, "delta": delta, "ssh": ssh,
 	}
 	reports := map[string]func(ctx context.Context, bin, image, work string, w io.Writer) error{
 		"readings": readings, "scaling": scaling,

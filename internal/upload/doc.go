@@ -28,11 +28,13 @@
 // the ETag of each part it makes must be the MD5 of the same range of the body.
 // What cannot be copied, for whatever reason, is sent.
 //
-// A [Pending] artifact is still being made while the others are uploaded. It is
-// not sent before all of it is there, since its digest is metadata that an upload
-// begins with, and that cannot be added later: Ceph releases exist that lose an
-// object's data some hours after it was copied onto itself for new metadata
-// (tracker.ceph.com/issues/70746).
+// # What is sent early
+//
+// A [Pending] artifact is still being made while the others are uploaded. Its
+// digest is metadata that an upload begins with, and cannot be added later: Ceph
+// releases exist that lose an object's data some hours after it was copied onto
+// itself for new metadata (tracker.ceph.com/issues/70746). So its parts are sent
+// as they are made to an object beside it, which becomes one more base.
 //
 // # Dialect
 //

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
+)
+
+// publish compares what comes after the user's work when there is no image to take anything from, with the store behind
+// a link of 1 Gb/s and on this machine: our whole sequence beside its steps one after the other, packing by our own packer.
+func publish(ctx context.Context, bin, image, work string) (list []comparison, done func(), err error) {
+	dir := filepath.Join(work, "publish")
+	if err := os.MkdirAll(filepath.Join(dir, "mnt/build"), 0o700); err != nil {
+		return nil, nil, err
+	}
+	tree := filepath.Join(dir, "mnt/build/image-root")
+	if out, err := exec.CommandContext(ctx, filepath.Join(bin, "sidecar"), "unpack", image, tree).CombinedOutput(); err != nil {
+		return nil, nil, fmt.Errorf("%w\n%s", err, out)
+	}
+	s, err := serveStore(ctx, bin, dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	closers := []func(){s.stop}
+	done = func() {
+		for _, c := range closers {
+			c()
+		}
+	}
+	defer func() {
+		if err != nil {
+			done()
+		}
+	}()
+	api, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, nil, err
+	}
+	nods := &http.Server{Handler: http.HandlerFunc(nod)}
+	go nods.Serve(api)
+	closers = append(closers, func() { nods.Close() })
+	for _, link := range []struct {
+		name   string
+		bytesS float64
+	}{{"1 Gb/s", gigabit}, {"loopback", 0}} {
+		to := s.address
+		if link.bytesS > 0 {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				return nil, nil, err
+			}
+			go forward(l, s.address, &line{bytesS: link.bytesS})
+			closers = append(closers, func() { l.Close() })
+			to = l.Addr().String()
+		}
+		list = append(list, comparison{
+			name: "publish over " + link.name + " vs our packer, md5sum, curl",
+			ours: side{argv: []string{filepath.Join(bin, "sidecar"), "package-and-upload"}, env: append(s.environ(),
+				"IMS_URL=http://"+api.Addr().String(), "IMS_JOB_ID="+uuid.NewString(), "IMAGE_ROOT_PARENT="+filepath.Join(dir, "mnt"),
+				"IMAGE_ROOT_ARCHIVE_NAME=bench", "S3_ENDPOINT=http://"+to, "S3_BUCKET=boot-images", "S3_SSL_VALIDATE=false")},
+			theirs: side{argv: []string{"bash", "-euc", `cd "$0"; "$3" pack "$1" legacy.sqsh >/dev/null
+` + sumAndPut, dir, tree, to, filepath.Join(bin, "sidecar")}, env: s.environ()},
+			goals: goals{speed: 1},
+		})
+	}
+	return list, done, nil
+}
+
+// sumAndPut is what the legacy containers do with legacy.sqsh and the boot files of the tree $1: the sums of all, then the
+// upload of all, to the store at $2.
+const sumAndPut = `kernel=$(ls "$1"/boot/vmlinuz-* | head -n 1); initrd=$(ls "$1"/boot/initrd.img-* | head -n 1)
+md5sum legacy.sqsh "$kernel" "$initrd" >/dev/null
+put() { curl -fsS -T "$1" -H 'x-amz-content-sha256: UNSIGNED-PAYLOAD' --aws-sigv4 aws:amz:us-east-1:s3 -u "$S3_ACCESS_KEY:$S3_SECRET_KEY" "http://$2/boot-images/legacy/$3"; }
+put legacy.sqsh "$2" rootfs; put "$kernel" "$2" kernel; put "$initrd" "$2" initrd; rm legacy.sqsh`
+
+// s3Server is imslocal's.
+type s3Server struct {
+	address string
+	stop    func()
+
+	keys struct {
+		Access string `json:"access_key"`
+		Secret string `json:"secret_key"`
+	}
+}
+
+// environ is our own, with the server's keys.
+func (s *s3Server) environ() []string {
+	return append(os.Environ(), "S3_ACCESS_KEY="+s.keys.Access, "S3_SECRET_KEY="+s.keys.Secret)
+}
+
+// serveStore starts one with its data below dir.
+func serveStore(ctx context.Context, bin, dir string) (*s3Server, error) {
+	port, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	s := &s3Server{address: fmt.Sprintf("127.0.0.1:%d", port)}
+	data := filepath.Join(dir, "data")
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "imslocal"), "serve", "--data", data, "--runner", "none", "--listen", "127.0.0.1:0", "--s3-listen", s.address)
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	s.stop = func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		cmd.Wait()
+	}
+	for range 100 {
+		var b []byte
+		if b, err = os.ReadFile(filepath.Join(data, "s3-credentials")); err == nil {
+			if err = json.Unmarshal(b, &s.keys); err == nil {
+				var c net.Conn
+				if c, err = net.Dial("tcp", s.address); err == nil {
+					c.Close()
+					return s, nil
+				}
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	s.stop()
+	return nil, fmt.Errorf("imslocal's store does not answer: %w", err)
+}
+
+// nod answers every call of the API with a new record.
+func nod(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	fmt.Fprintf(w, `{"id": %q, "name": "bench"}`, uuid.NewString())
+}
+
+// forward passes connections on to an address through a line.
+func forward(l net.Listener, to string, ln *line) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer c.Close()
+			s, err := net.Dial("tcp", to)
+			if err != nil {
+				return
+			}
+			defer s.Close()
+			var g errgroup.Group
+			for _, way := range [][2]*net.TCPConn{{c.(*net.TCPConn), s.(*net.TCPConn)}, {s.(*net.TCPConn), c.(*net.TCPConn)}} {
+				g.Go(func() error {
+					_, err := io.Copy(lineConn{way[1], ln}, onlyReader{way[0]})
+					way[1].CloseWrite()
+					return err
+				})
+			}
+			g.Wait()
+		}()
+	}
+}
+
+// lineConn passes what is written through a line; both hide what would go round it.
+type lineConn struct {
+	to   io.Writer
+	line *line
+}
+
+func (c lineConn) Write(p []byte) (int, error) {
+	c.line.send(len(p))
+	return c.to.Write(p)
+}
+
+type onlyReader struct{ io.Reader }
