@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
@@ -246,4 +247,33 @@ func (p *pod) countSent() *atomic.Int64 {
 	p.cfg.S3.Endpoint = proxy.URL
 	p.store.S3 = p.newStore()
 	return &sent
+}
+
+// What is new of an image is sent while the rest of it is packed, beside what the store copies from the old one.
+func TestSentWhilePacking(t *testing.T) {
+	p := newPod(t)
+	p.prepare()
+	fresh := make([]byte, 160<<20)
+	rand.NewChaCha8([32]byte{}).Read(fresh)
+	p.user = func() {
+		if err := os.WriteFile(filepath.Join(p.cfg.RootDir, "opt/fresh"), fresh, 0o644); err != nil {
+			t.Error(err)
+		}
+		if err := p.flags().Touch(signalfile.Complete); err != nil {
+			t.Error(err)
+		}
+	}
+	var early *upload.Base
+	p.store.ahead = func(b *upload.Base) { early = b }
+	p.check(p.run(t.Context()), success)
+	if early == nil || early.Size < 16<<20 {
+		t.Errorf("sent early: %+v\n%s", early, p.log.String())
+	}
+	got := p.open()
+	if b, err := fs.ReadFile(got, "opt/fresh"); err != nil || !bytes.Equal(b, fresh) {
+		t.Errorf("opt/fresh: %d bytes, %v", len(b), err)
+	}
+	if err := squash.Verify(t.Context(), got, false); err != nil {
+		t.Error(err)
+	}
 }

@@ -154,7 +154,16 @@ func (f *fakeIMS) checkLink(id string, link any) error {
 // hookStore lets a test act in the middle of an upload.
 type hookStore struct {
 	*upload.S3
-	put func(key string, acked int64)
+	put   func(key string, acked int64)
+	ahead func(*upload.Base) // what was sent before the image was whole; nil: nothing
+}
+
+func (h hookStore) SendAhead(ctx context.Context, key string, body io.ReaderAt, p *upload.Pending) *upload.Base {
+	b := h.S3.SendAhead(ctx, key, body, p)
+	if h.ahead != nil {
+		h.ahead(b)
+	}
+	return b
 }
 
 func (h hookStore) Put(ctx context.Context, o upload.Object) (upload.Info, error) {

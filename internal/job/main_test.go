@@ -39,7 +39,7 @@ func jobChild(text string) int {
 		panic(err)
 	}
 	if tc.Panic {
-		deps.Store = hookStore{deps.Store.(hookStore).S3, func(_ string, n int64) {
+		deps.Store = hookStore{S3: deps.Store.(hookStore).S3, put: func(_ string, n int64) {
 			if n > 0 {
 				go panic("in some goroutine")
 				select {}
