@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -19,18 +20,21 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/ims-buildenv/ims-buildenv/internal/gateway/sshdconf"
 	"github.com/ims-buildenv/ims-buildenv/internal/jail"
 )
 
 // Limits of recordings, in bytes. What a terminal shows is text: an hour of busy work is a few megabytes.
 const (
 	maxRecording  = 64 << 20 // one file
+	maxPlain      = 4 << 20  // one file of a session without a terminal, which may well be moving files
 	maxRecordings = 1 << 30  // all files of one gateway
-	maxUnwritten  = 4 << 20  // of one terminal's output, waiting for the disk
+	maxUnwritten  = 4 << 20  // of one session's output, waiting for the disk
 )
 
-// recordings keeps what the terminals of a job showed: one file per session with a terminal, whatever its command, in the
-// asciicast format, version 2. Input is not recorded, because passwords are typed.
+// recordings keeps what the sessions of a job showed: one file per session with a terminal, whatever its command, and with
+// RecordCommands also per command without one, in the asciicast format, version 2. Input is not recorded, because passwords
+// are typed; nor is SFTP, of which the log has each operation.
 //
 // A recording never holds its session up: output is copied to memory, and a goroutine of its own writes it. When that
 // cannot keep up, the disk is full or a limit is reached, the recording ends with a marker that says so, and the session
@@ -38,12 +42,15 @@ const (
 type recordings struct {
 	dir   *os.Root
 	job   string
+	plain bool // commands without a terminal, too
+	masks []*regexp.Regexp
 	total atomic.Int64   // bytes written
 	open  sync.WaitGroup // recordings
 }
 
 // newRecordings prepares dir, which must not lie in the image root.
-func newRecordings(dir, imageRoot, job string) (*recordings, error) {
+func newRecordings(set *sshdconf.Settings, imageRoot, job string) (*recordings, error) {
+	dir := set.RecordDirectory
 	fail := func(err error) (*recordings, error) { return nil, fmt.Errorf("RecordDirectory %s: %w", dir, err) }
 	if !filepath.IsAbs(dir) {
 		return fail(errors.New("not an absolute path"))
@@ -69,7 +76,7 @@ func newRecordings(dir, imageRoot, job string) (*recordings, error) {
 	if job == "" {
 		job = "job"
 	}
-	return &recordings{dir: root, job: strings.ReplaceAll(job, "/", "_")}, nil
+	return &recordings{dir: root, job: strings.ReplaceAll(job, "/", "_"), plain: set.RecordCommands, masks: set.RecordRedact}, nil
 }
 
 // resolve follows the links of a path, of which the end need not exist yet.
@@ -102,11 +109,11 @@ func (r *recordings) close() {
 	}
 }
 
-// record starts the recording of the session's terminal, if there shall be one; the caller holds mu. A session that
-// cannot be recorded goes on without.
+// record starts the recording of the session, if there shall be one; tty is nil without a terminal. The caller holds mu. A
+// session that cannot be recorded goes on without.
 func (ss *session) record(tty *jail.TTY) {
 	r := ss.c.srv.recorder
-	if r == nil {
+	if r == nil || tty == nil && !r.plain {
 		return
 	}
 	title := fmt.Sprintf("%s from %s, key %s %s", user, ss.c.RemoteAddr(), ss.login.key.Fingerprint(), ss.login.key.Comment)
@@ -116,7 +123,7 @@ func (ss *session) record(tty *jail.TTY) {
 		return
 	}
 	ss.recording = rec
-	ss.out.w = rec.tee(ss.out.w)
+	ss.out.w = rec.tee(ss.out.w, 0)
 }
 
 // castHeader is the first line of an asciicast v2 file.
@@ -126,7 +133,7 @@ type castHeader struct {
 	Height    uint32            `json:"height"`
 	Timestamp int64             `json:"timestamp"`
 	Title     string            `json:"title"`
-	Env       map[string]string `json:"env"`
+	Env       map[string]string `json:"env,omitempty"`
 }
 
 // Codes of events.
@@ -136,10 +143,22 @@ const (
 	castMarker = "m"
 )
 
+// castStreams is how many outputs a session has; asciicast has but one code for both.
+const castStreams = 2
+
 type castEvent struct {
-	at   time.Time
-	code string
-	data []byte
+	at     time.Time
+	code   string
+	stream int // of output: 0, or 1 for standard error
+	data   []byte
+}
+
+// shown is how many bytes of output the event holds.
+func (e castEvent) shown() int {
+	if e.code != castOutput {
+		return 0
+	}
+	return len(e.data)
 }
 
 // recording is one session's. A nil one takes everything and records nothing.
@@ -149,6 +168,7 @@ type recording struct {
 	file  *os.File
 	name  string // it has partSuffix until it is complete
 	began time.Time
+	plain bool // no terminal
 
 	mu    sync.Mutex
 	queue []castEvent
@@ -160,7 +180,10 @@ type recording struct {
 
 const partSuffix = ".part"
 
-// start begins a recording with the terminal's size as it is now.
+// slow is why a recording ends whose writer is behind: with the disk, or with RecordRedact.
+const slow = "the disk, or the search for RecordRedact, is too slow"
+
+// start begins a recording with the terminal's size as it is now; tty is nil without one.
 func (r *recordings) start(id, title string, tty *jail.TTY, log *slog.Logger) (*recording, error) {
 	began := time.Now()
 	name := fmt.Sprintf("%s-%s-%s.cast", r.job, began.UTC().Format("20060102T150405.000Z"), id)
@@ -168,10 +191,11 @@ func (r *recordings) start(id, title string, tty *jail.TTY, log *slog.Logger) (*
 	if err != nil {
 		return nil, err
 	}
-	rec := &recording{rec: r, log: log, file: file, name: name, began: began, wake: make(chan struct{}, 1)}
-	head := castHeader{
-		Version: 2, Width: sizeOr(tty.Cols, 80), Height: sizeOr(tty.Rows, 24), Timestamp: began.Unix(), Title: title,
-		Env: map[string]string{"TERM": tty.Term},
+	rec := &recording{rec: r, log: log, file: file, name: name, began: began, plain: tty == nil, wake: make(chan struct{}, 1)}
+	head := castHeader{Version: 2, Width: 80, Height: 24, Timestamp: began.Unix(), Title: title + ", without a terminal"}
+	if tty != nil {
+		head.Width, head.Height, head.Title = sizeOr(tty.Cols, 80), sizeOr(tty.Rows, 24), title
+		head.Env = map[string]string{"TERM": tty.Term}
 	}
 	r.open.Go(func() { rec.write(head) })
 	log.Info("session is recorded", "file", filepath.Join(r.dir.Name(), name))
@@ -186,36 +210,42 @@ func sizeOr(n, instead uint32) uint32 {
 	return n
 }
 
-// tee records what is written to w.
-func (r *recording) tee(w io.Writer) io.Writer { return tee{w, r} }
+// tee records what is written to w, the session's given stream.
+func (r *recording) tee(w io.Writer, stream int) io.Writer {
+	if r == nil {
+		return w
+	}
+	return tee{w, r, stream}
+}
 
 type tee struct {
 	io.Writer
-	r *recording
+	r      *recording
+	stream int
 }
 
 func (t tee) Write(b []byte) (int, error) {
-	t.r.add(castOutput, b)
+	t.r.add(castOutput, t.stream, b)
 	return t.Writer.Write(b)
 }
 
 func (r *recording) resize(cols, rows uint32) {
 	if r != nil {
-		r.add(castResize, fmt.Appendf(nil, "%dx%d", sizeOr(cols, 80), sizeOr(rows, 24)))
+		r.add(castResize, 0, fmt.Appendf(nil, "%dx%d", sizeOr(cols, 80), sizeOr(rows, 24)))
 	}
 }
 
-func (r *recording) add(code string, data []byte) {
-	at := time.Now()
+func (r *recording) add(code string, stream int, data []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	at := time.Now() // two outputs are written at a time
 	if r.ended {
 		return
 	}
 	if r.size+len(data) > maxUnwritten {
-		r.ended, r.cut = true, "the disk is too slow"
+		r.ended, r.cut = true, slow
 	} else {
-		r.queue = append(r.queue, castEvent{at, code, bytes.Clone(data)})
+		r.queue = append(r.queue, castEvent{at, code, stream, bytes.Clone(data)})
 		r.size += len(data)
 	}
 	r.signal()
@@ -252,7 +282,11 @@ func (r *recording) contain() {
 // write writes the file until the recording has ended.
 func (r *recording) write(head castHeader) {
 	defer r.contain()
-	w := &castWriter{file: r.file, total: &r.rec.total, began: r.began}
+	w := &castWriter{file: r.file, total: &r.rec.total, began: r.began, most: maxRecording}
+	if r.plain {
+		w.most, w.plain = maxPlain, true
+	}
+	masks := &redactor{patterns: r.rec.masks}
 	err := w.line(head)
 	for ended := false; err == nil && !ended; {
 		<-r.wake
@@ -261,18 +295,28 @@ func (r *recording) write(head castHeader) {
 		queue, r.queue, r.size, ended = r.queue, nil, 0, r.ended
 		r.mu.Unlock()
 		for _, e := range queue {
-			if err = w.event(e); err != nil {
+			var known []castEvent
+			if known, err = masks.add(e); err == nil {
+				err = w.events(known)
+			}
+			if err != nil {
 				break
 			}
 		}
 	}
 	r.mu.Lock()
 	r.ended, r.queue = true, nil
-	if err != nil && r.cut == "" {
-		r.cut = err.Error()
-	}
 	cut := r.cut
 	r.mu.Unlock()
+	if err == nil && cut == "" { // else the end of a match may be missing
+		var known []castEvent
+		if known, err = masks.flush(); err == nil {
+			err = w.events(known)
+		}
+	}
+	if err != nil && cut == "" {
+		cut = err.Error()
+	}
 	if cut != "" {
 		r.log.Warn("recording stopped", "why", cut)
 		w.marker("recording stopped: " + cut)
@@ -286,29 +330,40 @@ func (r *recording) write(head castHeader) {
 type castWriter struct {
 	file  *os.File
 	total *atomic.Int64 // bytes of all recordings
+	most  int64         // bytes of this one
+	plain bool          // no terminal has made CR LF of each LF
 	size  int64
 	began time.Time
 	buf   bytes.Buffer
-	rest  []byte // the beginning of a character whose other bytes are still to come
+	rest  [castStreams][]byte // the beginning of a character whose other bytes are still to come
 }
 
 // reserve is kept of each recording's limit for the marker at its end.
 const reserve = 512
 
-var (
-	errFileLimit  = fmt.Errorf("it has reached %d MiB", maxRecording>>20)
-	errTotalLimit = fmt.Errorf("this job's recordings have reached %d MiB", maxRecordings>>20)
-)
+var errTotalLimit = fmt.Errorf("this job's recordings have reached %d MiB", maxRecordings>>20)
+
+func (w *castWriter) events(es []castEvent) error {
+	for _, e := range es {
+		if err := w.event(e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // event writes one event. Output is cut between characters only, since each event is a JSON string of its own; a byte
 // that belongs to no character becomes U+FFFD.
 func (w *castWriter) event(e castEvent) error {
 	if e.code == castOutput {
-		e.data = append(w.rest, e.data...)
+		e.data = append(w.rest[e.stream], e.data...)
 		whole := len(e.data) - incomplete(e.data)
-		w.rest = bytes.Clone(e.data[whole:])
+		w.rest[e.stream] = bytes.Clone(e.data[whole:])
 		if e.data = e.data[:whole]; whole == 0 {
 			return nil
+		}
+		if w.plain {
+			e.data = bytes.ReplaceAll(e.data, []byte("\n"), []byte("\r\n"))
 		}
 	}
 	seconds := json.Number(fmt.Sprintf("%.6f", max(e.at.Sub(w.began), 0).Seconds()))
@@ -337,8 +392,8 @@ func (w *castWriter) line(v any) error {
 	}
 	n := int64(w.buf.Len())
 	switch {
-	case w.size+n > maxRecording-reserve:
-		return errFileLimit
+	case w.size+n > w.most-reserve:
+		return fmt.Errorf("it has reached %d MiB", w.most>>20)
 	case w.total.Load()+n > maxRecordings-reserve:
 		return errTotalLimit
 	}

@@ -18,6 +18,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/ims-buildenv/ims-buildenv/internal/gateway/sshdconf"
 	"github.com/ims-buildenv/ims-buildenv/internal/jail"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 )
@@ -149,6 +150,53 @@ func TestRecording(t *testing.T) {
 	}
 }
 
+// TestRecordCommands: with RecordCommands a command without a terminal is recorded, both its outputs, and SFTP is not. What
+// RecordRedact matches is in none of the files, also when it is shown piece by piece; the client gets it as it is.
+func TestRecordCommands(t *testing.T) {
+	dir := t.TempDir()
+	j := start(t, options{config: "RecordDirectory " + dir + "\nRecordCommands yes\n" +
+		`RecordRedact (?i)password=\S+` + "\n" + `RecordRedact "-----BEGIN [A-Z ]+-----[^-]+-----END [A-Z ]+-----"`})
+	const pause = "; sleep 0.02; "
+	secret := "printf 'a passw'" + pause + "printf 'ord=hun'" + pause + "printf 'ter2 b\\n'"
+	for _, tt := range []struct {
+		name, command, client, errs, recorded string
+		tty                                   bool
+	}{
+		{"pieces", secret, "a password=hunter2 b\n", "", "a [redacted] b\r\n", false},
+		{"terminal", secret, "a password=hunter2 b\r\n", "", "a [redacted] b\r\n", true},
+		{"both outputs", "printf 'PASS' >&2" + pause + "echo out" + pause + "echo WORD=x >&2", "out\n", "PASSWORD=x\n", "[redacted]out\r\n\r\n", false},
+		{"lines", "echo -----BEGIN A KEY-----; echo xyz; echo -----END A KEY-----", "-----BEGIN A KEY-----\nxyz\n-----END A KEY-----\n", "", "[redacted]\r\n", false},
+		{"end", "printf password=x", "password=x", "", "[redacted]", false},
+	} {
+		args := []string{"-q", host, tt.command}
+		if tt.tty {
+			args = append([]string{"-tt"}, args...)
+		}
+		out, errs, code := run(t, j.tool("ssh", args...))
+		if out != tt.client || errs != tt.errs || code != 0 {
+			t.Errorf("%s: the client gets %q, %q, %d", tt.name, out, errs, code)
+		}
+		eventually(t, "the recording is complete", func() bool { return len(casts(t, dir, ".cast")) == 1 && len(casts(t, dir, ".part")) == 0 })
+		path := casts(t, dir, ".cast")[0]
+		c := readCast(t, path)
+		if got := c.text(castOutput); got != tt.recorded {
+			t.Errorf("%s: recorded %q, want %q", tt.name, got, tt.recorded)
+		}
+		if plain := strings.HasSuffix(c.head.Title, ", without a terminal"); plain == tt.tty || plain == (c.head.Env["TERM"] != "") {
+			t.Errorf("%s: header %+v", tt.name, c.head)
+		}
+		if tt.name == "pieces" && len(c.events) == 2 && c.events[0][0] == c.events[1][0] {
+			t.Errorf("the pieces have lost their times: %v", c.events)
+		}
+		os.Remove(path)
+	}
+	sftp := j.tool("sftp", "-b", "-", host)
+	sftp.Stdin = strings.NewReader("ls /\n")
+	if _, errs, code := run(t, sftp); code != 0 || len(casts(t, dir, "")) != 0 {
+		t.Errorf("sftp: %d %s, recorded in %q", code, errs, casts(t, dir, ""))
+	}
+}
+
 // TestRecordingPlace: what lies in the image would be packed.
 func TestRecordingPlace(t *testing.T) {
 	root := t.TempDir()
@@ -158,7 +206,7 @@ func TestRecordingPlace(t *testing.T) {
 	}
 	inside := filepath.Join(root, "casts")
 	for _, dir := range []string{root, inside, link, filepath.Join(link, "casts"), "relative"} {
-		if _, err := newRecordings(dir, root, ""); err == nil {
+		if _, err := newRecordings(&sshdconf.Settings{RecordDirectory: dir}, root, ""); err == nil {
 			t.Errorf("records in %s", dir)
 		}
 	}
@@ -202,7 +250,7 @@ func TestRecordingFull(t *testing.T) {
 func TestRecordingLimits(t *testing.T) {
 	start := func(total int64) (*recordings, *recording, string) {
 		dir := t.TempDir()
-		r, err := newRecordings(dir, t.TempDir(), "job")
+		r, err := newRecordings(&sshdconf.Settings{RecordDirectory: dir}, t.TempDir(), "job")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -221,19 +269,19 @@ func TestRecordingLimits(t *testing.T) {
 	}
 
 	r, rec, dir := start(maxRecordings - 100<<10)
-	rec.add(castOutput, chunk)
+	rec.add(castOutput, 0, chunk)
 	if c := end(r, rec, dir); !strings.Contains(c.text(castMarker), "this job's recordings") || c.head.Width != 80 || c.head.Height != 24 {
 		t.Errorf("marker %q, header %+v", c.text(castMarker), c.head)
 	}
-	w := &castWriter{file: os.NewFile(0, "unused"), total: &atomic.Int64{}, size: maxRecording - reserve - 100}
-	if err := w.event(castEvent{time.Now(), castOutput, chunk[:200]}); err != errFileLimit {
+	w := &castWriter{file: os.NewFile(0, "unused"), total: &atomic.Int64{}, most: maxPlain, size: maxPlain - reserve - 100}
+	if err := w.event(castEvent{time.Now(), castOutput, 0, chunk[:200]}); err == nil || err.Error() != "it has reached 4 MiB" {
 		t.Errorf("beyond the limit: %v", err)
 	}
 
 	// Nobody writes this one.
 	stuck := &recording{wake: make(chan struct{}, 1)}
 	for range 100 {
-		stuck.add(castOutput, chunk)
+		stuck.add(castOutput, 0, chunk)
 	}
 	if !stuck.ended || stuck.size > maxUnwritten || stuck.cut == "" {
 		t.Errorf("%d bytes wait for a disk that hangs", stuck.size)
@@ -250,21 +298,21 @@ func FuzzCastWriter(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer file.Close()
-		w := &castWriter{file: file, total: &atomic.Int64{}, began: time.Now()}
+		w := &castWriter{file: file, total: &atomic.Int64{}, most: maxRecording, began: time.Now()}
 		if err := w.line(castHeader{Version: 2, Width: 80, Height: 24, Timestamp: 1}); err != nil {
 			t.Fatal(err)
 		}
 		for rest := data; len(rest) > 0; {
 			n := min(int(piece)+1, len(rest))
-			if err := w.event(castEvent{time.Now(), castOutput, rest[:n]}); err != nil {
+			if err := w.event(castEvent{time.Now(), castOutput, 0, rest[:n]}); err != nil {
 				t.Fatal(err)
 			}
 			rest = rest[n:]
 		}
-		if len(w.rest) >= utf8.UTFMax {
-			t.Errorf("%d bytes held back", len(w.rest))
+		if len(w.rest[0]) >= utf8.UTFMax {
+			t.Errorf("%d bytes held back", len(w.rest[0]))
 		}
-		whole := data[:len(data)-len(w.rest)]
+		whole := data[:len(data)-len(w.rest[0])]
 		if got, want := readCast(t, file.Name()).text(castOutput), string([]rune(string(whole))); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}

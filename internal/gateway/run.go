@@ -143,6 +143,9 @@ func LoadSettings(cfg Config) (*sshdconf.Settings, error) {
 	for _, k := range set.Missed {
 		cfg.Log.Warn("sshd_config asks for what this server does not do", "keyword", k)
 	}
+	if set.RecordDirectory == "" && (set.RecordCommands || len(set.RecordRedact) > 0) {
+		cfg.Log.Warn("nothing is recorded: RecordCommands and RecordRedact have no effect without RecordDirectory")
+	}
 	if err := checkPeers(set); err != nil {
 		return nil, err
 	}
@@ -223,7 +226,7 @@ func (g *gate) start(ctx context.Context) (err error) {
 		return err
 	}
 	if g.set.RecordDirectory != "" {
-		if g.recorder, err = newRecordings(g.set.RecordDirectory, g.root, g.cfg.SSHD.JobID); err != nil {
+		if g.recorder, err = newRecordings(g.set, g.root, g.cfg.SSHD.JobID); err != nil {
 			return err
 		}
 	}

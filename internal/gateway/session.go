@@ -369,7 +369,11 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 	} else {
 		stdin = ours[0]
 		ss.files = ours
-		ss.pumps = []*pump{newPump(ours[1], ss.out, ss.events), newPump(ours[2], ss.traffic.writer(ss.ch.Stderr()), ss.events)}
+		ss.record(nil)
+		ss.pumps = []*pump{
+			newPump(ours[1], ss.out, ss.events),
+			newPump(ours[2], ss.recording.tee(ss.traffic.writer(ss.ch.Stderr()), 1), ss.events),
+		}
 	}
 	return func() { ss.run(running, stdin, req.TTY != nil) }, nil
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -82,6 +83,8 @@ type Settings struct {
 	// Of this server alone, see below.
 	MetricsListen   string // address; empty: no metrics
 	RecordDirectory string // path; empty: no recordings
+	RecordCommands  bool   // sessions without a terminal, too
+	RecordRedact    []*regexp.Regexp
 	AbandonTimeout  time.Duration
 
 	// Ignored are the keywords that were understood and have no effect here; Missed those of
@@ -230,7 +233,7 @@ func refuse(neutral, instead string) func([]string) (func(*Settings), error) {
 }
 
 // keywords holds every keyword of sshd_config(5) of OpenSSH 9.x in lower case; those with
-// a nil parse are accepted and have no effect. The first three are this server's own.
+// a nil parse are accepted and have no effect. The first five are this server's own.
 var keywords = map[string]keyword{
 	"metricslisten": {parse: func(args []string) (func(*Settings), error) {
 		a, err := one(args)
@@ -243,7 +246,22 @@ var keywords = map[string]keyword{
 		return func(s *Settings) { s.MetricsListen = a }, nil
 	}},
 	"recorddirectory": {parse: path(func(s *Settings) *string { return &s.RecordDirectory })},
-	"abandontimeout":  {parse: duration(func(s *Settings) *time.Duration { return &s.AbandonTimeout })},
+	"recordcommands":  {parse: yesno(func(s *Settings) *bool { return &s.RecordCommands })},
+	"recordredact": {list: true, parse: func(args []string) (func(*Settings), error) {
+		a, err := one(args)
+		if err != nil {
+			return nil, fmt.Errorf("%w: put a pattern with spaces into quotes", err)
+		}
+		p, err := regexp.Compile(a)
+		if err != nil {
+			return nil, fmt.Errorf("%w: see https://github.com/google/re2/wiki/Syntax", err)
+		}
+		if p.MatchString("") {
+			return nil, fmt.Errorf("%q matches nothing at all, too: want a pattern of at least one character", a)
+		}
+		return func(s *Settings) { s.RecordRedact = append(s.RecordRedact, p) }, nil
+	}},
+	"abandontimeout": {parse: duration(func(s *Settings) *time.Duration { return &s.AbandonTimeout })},
 
 	"port": {list: true, parse: func(args []string) (func(*Settings), error) {
 		a, err := one(args)

@@ -3,6 +3,7 @@
 package sshdconf
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -78,6 +79,7 @@ func TestSyntax(t *testing.T) {
 		{"time sum", "LoginGraceTime 1h30m5", func(s *Settings) any { return s.LoginGraceTime }, time.Hour + 30*time.Minute + 5*time.Second},
 		{"rekey", "RekeyLimit 3m 1h", func(s *Settings) any { return s.RekeyBytes }, uint64(3 << 20)},
 		{"rekey default", "RekeyLimit default none", func(s *Settings) any { return s.RekeyBytes }, uint64(0)},
+		{"redact", "RecordRedact a+\nRecordRedact 'b c'\nRecordCommands yes", func(s *Settings) any { return fmt.Sprint(s.RecordRedact, s.RecordCommands) }, "[a+ b c] true"},
 		{"startups", "MaxStartups 10:30:60", func(s *Settings) any { return s.MaxStartups }, 60},
 		{"yes without case", "PermitTTY NO", func(s *Settings) any { return s.PermitTTY }, false},
 		{"prohibit-password is yes here", "PermitRootLogin prohibit-password", func(s *Settings) any { return s.PermitRootLogin }, RootYes},
@@ -127,6 +129,9 @@ func TestRefusals(t *testing.T) {
 		{"MaxStartups 1:2", "MaxStartups"},
 		{"RekeyLimit 15", "RekeyLimit"},
 		{"RekeyLimit 1T", "RekeyLimit"},
+		{"RecordRedact a b", "quotes"},
+		{"RecordRedact (a", "re2"},
+		{"RecordRedact a*", "nothing at all"},
 		{"RekeyLimit 1MG", "RekeyLimit"},
 		{"RekeyLimit 1G x", "RekeyLimit"},
 		{"Subsystem sftp", "missing subsystem command"},
