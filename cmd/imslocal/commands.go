@@ -38,7 +38,7 @@ func logger(level slog.Level, debug bool) *slog.Logger {
 	if debug {
 		level = slog.LevelDebug
 	}
-	return config.NewLogger(os.Stderr, level)
+	return config.NewLogger(os.Stderr, config.LogText, level)
 }
 
 // noArgs refuses arguments that no flag takes.

@@ -44,7 +44,7 @@ and holes. Nothing outside DIR is written, whatever the image holds. With an
 			return withImage(args[0], func(img *squash.Image) error {
 				bar := progress.New(stderr, "unpacking", 0)
 				stats, err := squash.Unpack(cmd.Context(), img, args[1], squash.UnpackOptions{
-					Progress: bar.Update, Log: config.NewLogger(stderr, 0),
+					Progress: bar.Update, Log: config.NewLogger(stderr, config.LogText, 0),
 				})
 				if err != nil {
 					return err

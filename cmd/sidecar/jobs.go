@@ -21,7 +21,7 @@ import (
 const packageCommand = "package-and-upload"
 
 func deps(cfg config.Sidecar) job.Deps {
-	log := config.NewLogger(stderr, cfg.LogLevel)
+	log := config.NewLogger(stderr, cfg.LogFormat, cfg.LogLevel)
 	if cfg.JobID != "" {
 		log = log.With("job", cfg.JobID)
 	}

@@ -4,8 +4,8 @@
 // typed structs. It is the only place in the product that calls os.Getenv.
 //
 // Names, defaults and aliases are those the IMS job template and the legacy
-// containers use; nothing is renamed. SSHD_PORT, IMS_BUILDENV_LAYOUT and
-// IMS_BUILDENV_CHANGES are our extensions.
+// containers use; nothing is renamed. SSHD_PORT, IMS_BUILDENV_LAYOUT,
+// IMS_BUILDENV_CHANGES and IMS_BUILDENV_LOG_FORMAT are our extensions.
 //
 // It refuses to guess: a value that cannot be understood is an error that
 // names the variable and the next step, and all of them are reported at once,
@@ -62,6 +62,12 @@ const (
 	ChangesOff    = "off"
 )
 
+// Values of Common.LogFormat.
+const (
+	LogText = "text"
+	LogJSON = "json"
+)
+
 // Names of directories and files in an image.
 const (
 	rootName      = "image-root"
@@ -82,6 +88,7 @@ type Common struct {
 	Debug           bool
 	RemoteBuildNode string // set: the job is built on another machine
 	LogLevel        slog.Level
+	LogFormat       string // LogText or LogJSON
 	CACert          string // CA file for HTTPS to IMS and the token endpoint; may be empty
 	IMSDir          string // always the constant IMSDir outside tests
 
@@ -318,6 +325,7 @@ func (r *reader) common(args []string) Common {
 		Debug:           r.boolean("ENABLE_DEBUG"),
 		RemoteBuildNode: r.text("REMOTE_BUILD_NODE", ""),
 		LogLevel:        r.level("LOG_LEVEL"),
+		LogFormat:       r.logFormat("IMS_BUILDENV_LOG_FORMAT"),
 		CACert:          r.text("CA_CERT", ""),
 		IMSDir:          IMSDir,
 	}

@@ -81,21 +81,22 @@ func TestDefaults(t *testing.T) {
 func TestRows(t *testing.T) {
 	type vars = map[string]string
 	get := map[string]func(Sidecar) any{
-		"jailed":  func(c Sidecar) any { return c.Jailed },
-		"dkms":    func(c Sidecar) any { return c.DKMS },
-		"debug":   func(c Sidecar) any { return c.Debug },
-		"kernel":  func(c Sidecar) any { return c.KernelName },
-		"name":    func(c Sidecar) any { return c.ArchiveName },
-		"root":    func(c Sidecar) any { return c.RootDir },
-		"boot":    func(c Sidecar) any { return c.BootDir },
-		"s3":      func(c Sidecar) any { return c.S3.Endpoint },
-		"verify":  func(c Sidecar) any { return c.S3.Verify },
-		"ims":     func(c Sidecar) any { return c.IMSURL },
-		"timeout": func(c Sidecar) any { return c.Timeout },
-		"md5":     func(c Sidecar) any { return c.DownloadMD5 },
-		"port":    func(c Sidecar) any { return c.SSHPort },
-		"level":   func(c Sidecar) any { return c.LogLevel },
-		"remote":  func(c Sidecar) any { return c.RemoteBuildNode },
+		"jailed":    func(c Sidecar) any { return c.Jailed },
+		"dkms":      func(c Sidecar) any { return c.DKMS },
+		"debug":     func(c Sidecar) any { return c.Debug },
+		"kernel":    func(c Sidecar) any { return c.KernelName },
+		"name":      func(c Sidecar) any { return c.ArchiveName },
+		"root":      func(c Sidecar) any { return c.RootDir },
+		"boot":      func(c Sidecar) any { return c.BootDir },
+		"s3":        func(c Sidecar) any { return c.S3.Endpoint },
+		"verify":    func(c Sidecar) any { return c.S3.Verify },
+		"ims":       func(c Sidecar) any { return c.IMSURL },
+		"timeout":   func(c Sidecar) any { return c.Timeout },
+		"md5":       func(c Sidecar) any { return c.DownloadMD5 },
+		"port":      func(c Sidecar) any { return c.SSHPort },
+		"level":     func(c Sidecar) any { return c.LogLevel },
+		"logFormat": func(c Sidecar) any { return c.LogFormat },
+		"remote":    func(c Sidecar) any { return c.RemoteBuildNode },
 	}
 	for _, c := range []struct {
 		vars  vars
@@ -145,6 +146,9 @@ func TestRows(t *testing.T) {
 		{vars{"LOG_LEVEL": "WARNING"}, "level", slog.LevelWarn},
 		{vars{"LOG_LEVEL": "ERROR"}, "level", slog.LevelError},
 		{vars{"LOG_LEVEL": "chatty"}, "level", slog.LevelInfo},
+		{vars{}, "logFormat", LogText},
+		{vars{"IMS_BUILDENV_LOG_FORMAT": "JSON"}, "logFormat", LogJSON},
+		{vars{"IMS_BUILDENV_LOG_FORMAT": "xml"}, "logFormat", LogText},
 		{vars{"REMOTE_BUILD_NODE": "x3000c0"}, "remote", "x3000c0"},
 	} {
 		cfg, err := LoadSidecarFrom(env(t, c.vars))
@@ -356,8 +360,8 @@ func TestSecretsDoNotPrint(t *testing.T) {
 	if err := json.NewEncoder(&out).Encode(cfg); err != nil {
 		t.Fatal(err)
 	}
-	NewLogger(&out, slog.LevelDebug).Info("cfg", "cfg", cfg, "secret", cfg.S3.SecretKey)
-	slog.New(slog.NewJSONHandler(&out, nil)).Info("cfg", "cfg", cfg)
+	NewLogger(&out, LogText, slog.LevelDebug).Info("cfg", "cfg", cfg, "secret", cfg.S3.SecretKey)
+	NewLogger(&out, LogJSON, slog.LevelDebug).Info("cfg", "cfg", cfg, "secret", cfg.S3.SecretKey)
 	for _, secret := range []string{"topsecret", "alsosecret", fmt.Sprintf("%x", "topsecret"), fmt.Sprintf("%x", "alsosecret")} {
 		if strings.Contains(out.String(), secret) {
 			t.Errorf("%s was printed", secret)
@@ -367,11 +371,21 @@ func TestSecretsDoNotPrint(t *testing.T) {
 
 func TestLogger(t *testing.T) {
 	var out bytes.Buffer
-	log := NewLogger(&out, slog.LevelWarn, "job", jobID)
+	log := NewLogger(&out, LogText, slog.LevelWarn, "job", jobID)
 	log.Info("quiet")
 	log.Warn("loud")
 	if got := out.String(); strings.Contains(got, "quiet") || !strings.Contains(got, "loud") || !strings.Contains(got, "job="+jobID) {
 		t.Errorf("%q", got)
+	}
+	out.Reset()
+	NewLogger(&out, LogJSON, slog.LevelInfo, "job", jobID).Info("two\nlines", "after", time.Minute, "err", errors.New("x\xff"))
+	var line map[string]string
+	if err := json.Unmarshal(out.Bytes(), &line); err != nil || strings.Count(out.String(), "\n") != 1 {
+		t.Fatalf("%q: %v", &out, err)
+	}
+	delete(line, "time")
+	if want := map[string]string{"level": "INFO", "msg": "two\nlines", "job": jobID, "after": "1m0s", "err": "x\ufffd"}; !maps.Equal(line, want) {
+		t.Errorf("%v, want %v", line, want)
 	}
 }
 

@@ -100,6 +100,17 @@ func (r *reader) level(name string) slog.Level {
 	}
 }
 
+// logFormat is like level: a wrong one is no reason to lose a job.
+func (r *reader) logFormat(name string) string {
+	switch v := strings.ToLower(r.text(name, LogText)); v {
+	case LogText, LogJSON:
+		return v
+	default:
+		r.warn("%s is %q, which is not known: set it to %s or %s; using %s", name, v, LogText, LogJSON, LogText)
+		return LogText
+	}
+}
+
 func (r *reader) seconds(name string, fallback time.Duration) time.Duration {
 	v := r.text(name, "")
 	if v == "" {

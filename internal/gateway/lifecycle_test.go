@@ -288,6 +288,12 @@ func TestMainCommandLine(t *testing.T) {
 			t.Errorf("%q %q: %d, %s", tt.env, tt.args, code, all)
 		}
 	}
+	t.Setenv("SSHD_OPTIONS", "")
+	t.Setenv("IMS_BUILDENV_LOG_FORMAT", "json")
+	var errs bytes.Buffer
+	if code := Main(t.Context(), []string{"-t", "-f", conf}, io.Discard, &errs); code != 0 || !strings.Contains(errs.String(), `"msg":"configuration is usable"`) {
+		t.Errorf("JSON: %d, %s", code, &errs)
+	}
 	if st, err := os.Stat(dir + "/log"); err != nil || st.Mode() != 0o600 || st.Size() == 0 {
 		t.Errorf("the log file: %v, %v", st, err)
 	}

@@ -4,8 +4,7 @@ package gateway
 
 import (
 	"errors"
-	"fmt"
-	"io"
+	"log/slog"
 	"os"
 )
 
@@ -22,10 +21,10 @@ type logFile struct {
 	most  int64
 	file  *os.File // nil: there is none any more
 	size  int64
-	other io.Writer // is told why
+	other *slog.Logger // is told why
 }
 
-func openLogFile(path string, most int64, other io.Writer) (*logFile, error) {
+func openLogFile(path string, most int64, other *slog.Logger) (*logFile, error) {
 	l := &logFile{path: path, most: most, other: other}
 	return l, l.open()
 }
@@ -52,7 +51,7 @@ func (l *logFile) Write(b []byte) (int, error) {
 	if l.file != nil && l.most > 0 && l.size > 0 && l.size+int64(len(b)) > l.most {
 		if err := l.turn(); err != nil {
 			l.file = nil
-			fmt.Fprintf(l.other, "sshd: log file %s: %v: it has reached %d bytes and ends here\n", l.path, err, l.most)
+			l.other.Error("the log file ends here: it has reached its size", "file", l.path, "bytes", l.most, "err", err)
 		}
 	}
 	if l.file != nil {

@@ -5,6 +5,7 @@ package gateway
 import (
 	"bytes"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,7 +19,7 @@ func TestLogFile(t *testing.T) {
 	n := 0
 	for range 3 {
 		var other bytes.Buffer
-		l, err := openLogFile(path, most, &other)
+		l, err := openLogFile(path, most, slog.New(slog.NewTextHandler(&other, nil)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -55,7 +56,7 @@ func TestLogFile(t *testing.T) {
 func TestLogFileCannot(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sshd.log")
 	var other bytes.Buffer
-	l, err := openLogFile(path, 30, &other)
+	l, err := openLogFile(path, 30, slog.New(slog.NewTextHandler(&other, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +71,7 @@ func TestLogFileCannot(t *testing.T) {
 	if b, err := os.ReadFile(path); len(b) != 30 || err != nil || strings.Count(other.String(), "ends here") != 1 {
 		t.Errorf("%d bytes, %v, told %q", len(b), err, &other)
 	}
-	full, err := openLogFile("/dev/full", 10, &other)
+	full, err := openLogFile("/dev/full", 10, slog.New(slog.NewTextHandler(&other, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}

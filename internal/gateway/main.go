@@ -148,14 +148,14 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	out := stderr
 	if path := first(f.logFile, more.logFile); path != "" {
-		file, err := openLogFile(path, maxLogFile, stderr)
+		file, err := openLogFile(path, maxLogFile, config.NewLogger(stderr, env.LogFormat, slog.LevelError))
 		if err != nil {
 			return fail(stderr, 1, fmt.Errorf("log file: %w; choose another with -E", err))
 		}
 		defer file.Close()
 		out = io.MultiWriter(file, stderr) // stderr may have nobody who reads it any more
 	}
-	log := slog.New(leveled{level, config.NewLogger(out, slog.LevelDebug).Handler()})
+	log := slog.New(leveled{level, config.NewLogger(out, env.LogFormat, slog.LevelDebug).Handler()})
 	if env.JobID != "" {
 		log = log.With("job", env.JobID)
 	}
