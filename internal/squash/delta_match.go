@@ -30,7 +30,9 @@ func (r *reuse) match(ctx context.Context, w *writer) error {
 	for _, c := range changed {
 		sizes[c.size] = false
 	}
-	known, err := r.digests(ctx, w.opt.Workers, sizes)
+	// Each has two blocks of memory: there are to be no more than are at work.
+	summers := &sync.Pool{New: func() any { return newFileSummer(plainSummer(), w.opt.BlockSize) }}
+	known, err := r.digests(ctx, w.opt.Workers, sizes, summers)
 	if err != nil {
 		return fmt.Errorf("base image: %w", err)
 	}
@@ -51,7 +53,8 @@ func (r *reuse) match(ctx context.Context, w *writer) error {
 		}
 		g.Go(func() error {
 			return guard(gctx, func(ctx context.Context) error {
-				s := newFileSummer(plainSummer(), w.opt.BlockSize)
+				s := summers.Get().(*fileSummer)
+				defer summers.Put(s)
 				sum, err := s.readAll(ctx, &openFile{r: f, path: c.path, size: c.size})
 				if cerr := f.Close(); err == nil {
 					err = cerr
@@ -71,9 +74,8 @@ func (r *reuse) match(ctx context.Context, w *writer) error {
 
 // digests returns the base's files of the given sizes by their content, and
 // marks the sizes there are.
-func (r *reuse) digests(ctx context.Context, workers int, sizes map[int64]bool) (map[content]inodeRef, error) {
-	d := &digester{blockSize: int64(r.base.sb.BlockSize), files: map[*fileTask][]digest{}, found: map[content]inodeRef{}}
-	d.summers.New = func() any { return newFileSummer(plainSummer(), int(d.blockSize)) }
+func (r *reuse) digests(ctx context.Context, workers int, sizes map[int64]bool, summers *sync.Pool) (map[content]inodeRef, error) {
+	d := &digester{blockSize: int64(r.base.sb.BlockSize), summers: summers, files: map[*fileTask][]digest{}, found: map[content]inodeRef{}}
 	root := &treeDir{}
 	err := r.base.extract(ctx, workers, d, nil, func(ctx context.Context, x *extractor) error {
 		return r.base.eachFile(ctx, func(ino *Inode) error {
@@ -94,7 +96,7 @@ func plainSummer() *summer { return &summer{h: sha256.New(), key: new([sha256.Bl
 // digester is a sink that names the content of files.
 type digester struct {
 	blockSize int64
-	summers   sync.Pool // of *fileSummer
+	summers   *sync.Pool // of *fileSummer
 
 	mu    sync.Mutex
 	files map[*fileTask][]digest // of blocks; zero stands for a hole
