@@ -7,7 +7,7 @@ build=(gcc libc6-dev libdeflate-dev libzstd-dev liblzma-dev liblz4-dev)
 demo=(debootstrap openssh-client ca-certificates curl)
 test=(squashfs-tools squashfs-tools-ng busybox-static openssh-server rsync attr libcap2-bin tmux
       python3-paramiko python3-asyncssh dropbear-bin putty-tools lftp git ansible-core cpio iproute2 sshfs fuse3 xz-utils zstd
-      asciinema rpm db5.3-util chromium ssh-audit)
+      asciinema rpm db5.3-util chromium ssh-audit xfsprogs)
 images=(podman runc catatonit qemu-user-static)
 boot=(qemu-system-x86 busybox-static)
 

@@ -58,32 +58,58 @@ func (r *reuse) record(ref inodeRef) (*inodeRecord, error) {
 	return rec, nil
 }
 
+// Copying goes on in steps, between which ctx is looked at. File systems that can
+// note that two files share blocks do so for whole blocks at the same places in
+// them, so that the first step ends where even the largest blocks do.
+const (
+	copyStep   = 32 << 20
+	largestFSB = 64 << 10
+)
+
 // copyRuns copies what is taken over. It runs beside the compressing, which
-// writes behind it and alone knows how far the image has come.
-func (r *reuse) copyRuns(ctx context.Context, out io.WriterAt) error {
+// writes behind it and alone knows how far the image has come. With settle what
+// was copied does not stay in memory.
+func (r *reuse) copyRuns(ctx context.Context, out io.WriterAt, settle bool) error {
 	from, _ := r.base.r.(*os.File)
 	to, _ := out.(*os.File)
+	var behind writeBehind
+	if settle && to != nil && len(r.runs) > 0 {
+		behind = writeBehind{f: to, gone: r.runs[0].to, going: r.runs[0].to}
+	}
 	for _, x := range r.runs {
-		if from != nil && to != nil {
-			done, err := copyRange(ctx, to, from, x)
-			if err != nil {
-				return fmt.Errorf("copy %d bytes of the base image to %d: %w", x.n, x.to, err)
+		for x.n > 0 {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
 			}
-			x.from, x.to, x.n = x.from+done, x.to+done, x.n-done
-		}
-		if err := r.copyRun(ctx, out, x); err != nil {
-			return err
+			step := x.first(copyStep)
+			if head := -x.from & (largestFSB - 1); head > 0 {
+				step = x.first(head)
+			}
+			if err := r.copyStep(from, to, out, step); err != nil {
+				return err
+			}
+			x = x.behind(step.n)
+			behind.reach(x.to)
 		}
 	}
 	return nil
 }
 
-func (r *reuse) copyRun(ctx context.Context, out io.WriterAt, x relocation) error {
+// first returns the first n bytes of a relocation, behind the rest.
+func (x relocation) first(n int64) relocation { return relocation{x.from, x.to, min(n, x.n)} }
+
+func (x relocation) behind(n int64) relocation { return relocation{x.from + n, x.to + n, x.n - n} }
+
+func (r *reuse) copyStep(from, to *os.File, out io.WriterAt, x relocation) error {
+	if from != nil && to != nil {
+		done, err := copyRange(to, from, x)
+		if err != nil {
+			return fmt.Errorf("copy %d bytes of the base image to %d: %w", x.n, x.to, err)
+		}
+		x = x.behind(done)
+	}
 	buf := make([]byte, min(x.n, 1<<20))
 	for x.n > 0 {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
 		b := buf[:min(x.n, int64(len(buf)))]
 		if err := r.base.readAt(b, x.from); err != nil {
 			return fmt.Errorf("base image: %w", err)
@@ -91,22 +117,17 @@ func (r *reuse) copyRun(ctx context.Context, out io.WriterAt, x relocation) erro
 		if _, err := out.WriteAt(b, x.to); err != nil {
 			return fmt.Errorf("copy %d bytes of the base image to %d: %w", len(b), x.to, err)
 		}
-		n := int64(len(b))
-		x.from, x.to, x.n = x.from+n, x.to+n, x.n-n
+		x = x.behind(int64(len(b)))
 	}
 	return nil
 }
 
 // copyRange has the kernel copy, which on some file systems only notes that both
 // files share the blocks. It returns how much that did before it could not.
-func copyRange(ctx context.Context, to, from *os.File, x relocation) (done int64, err error) {
-	const step = 64 << 20 // between looks at ctx
+func copyRange(to, from *os.File, x relocation) (done int64, err error) {
 	for done < x.n {
-		if ctx.Err() != nil {
-			return done, context.Cause(ctx)
-		}
 		roff, woff := x.from+done, x.to+done
-		n, err := unix.CopyFileRange(int(from.Fd()), &roff, int(to.Fd()), &woff, int(min(x.n-done, step)), 0)
+		n, err := unix.CopyFileRange(int(from.Fd()), &roff, int(to.Fd()), &woff, int(x.n-done), 0)
 		switch {
 		case errors.Is(err, unix.EINTR):
 		case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EOPNOTSUPP):
@@ -119,4 +140,27 @@ func copyRange(ctx context.Context, to, from *os.File, x relocation) (done int64
 		done += int64(max(n, 0))
 	}
 	return done, nil
+}
+
+// writeBehind brings a file that is written from front to back to disk meanwhile,
+// and takes what is there out of memory: gigabytes that nobody is about to read
+// would push out what others use, and new pages for them can take more time than
+// the copying itself. Errors come back from the file's fsync.
+type writeBehind struct {
+	f           *os.File // nil: nothing is done
+	gone, going int64    // how far it is out of memory, and how far on its way
+}
+
+// reach notes how far the file is written.
+func (b *writeBehind) reach(end int64) {
+	if b.f == nil || end-b.going < copyStep {
+		return
+	}
+	fd := int(b.f.Fd())
+	_ = unix.SyncFileRange(fd, b.going, end-b.going, unix.SYNC_FILE_RANGE_WRITE)
+	if n := b.going - b.gone; n > 0 { // 0 would mean everything
+		_ = unix.SyncFileRange(fd, b.gone, n, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
+		_ = unix.Fadvise(fd, b.gone, n, unix.FADV_DONTNEED)
+	}
+	b.gone, b.going = b.going, end
 }

@@ -43,7 +43,8 @@ type Options struct {
 	Grown func(from, to int64)
 
 	// Written, if set, is called once the image is written, before PackFile
-	// checks it and brings it to disk: somebody can read it meanwhile.
+	// checks it and brings it to disk: somebody can read it meanwhile. Without
+	// it, what is copied from a base does not stay in memory.
 	Written func(Stats)
 
 	// MemoryLimit, in bytes, bounds the blocks in flight; zero means four per

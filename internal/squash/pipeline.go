@@ -101,7 +101,7 @@ func (p *pipeline) run(ctx context.Context) error {
 	var copying error
 	if r := p.w.reuse; r != nil {
 		stage(func(ctx context.Context) error {
-			err := r.copyRuns(ctx, p.w.out.w)
+			err := r.copyRuns(ctx, p.w.out.w, p.w.opt.Written == nil)
 			if ctx.Err() == nil {
 				copying = err
 			}
