@@ -117,6 +117,8 @@ type layout struct {
 	sparse uint64
 	sum    contentSum
 	passed int64 // bytes, for progress
+
+	done int64 // of all files' content
 }
 
 func (l *layout) run(ctx context.Context) error {
@@ -141,13 +143,13 @@ func (l *layout) step(ctx context.Context, it item) error {
 	case itemFragment:
 		return l.fragment(ctx, it.block)
 	case itemLarge:
-		l.progress(it.ino.size - l.passed)
+		l.packed(it.ino.size - l.passed)
 		l.passed = 0
 		return l.largeFile(it.ino, it.rec)
 	case itemCopy:
 		w.stats.Duplicates++
 		w.stats.DuplicateBytes += it.ino.size
-		l.progress(it.ino.size)
+		l.packed(it.ino.size)
 		r := it.rec.inode
 		return w.writeInode(it.ino, &r)
 	case itemBase:
@@ -162,7 +164,7 @@ func (l *layout) step(ctx context.Context, it item) error {
 			w.stats.Duplicates++
 			w.stats.DuplicateBytes += it.ino.size
 		}
-		l.progress(it.ino.size)
+		l.packed(it.ino.size)
 		return w.writeInode(it.ino, &inodeRecord{Size: uint64(it.ino.size), Fragment: it.place.index, FragOffset: it.place.offset})
 	case itemOther:
 		if it.ino.typ == typeFile {
@@ -190,10 +192,17 @@ func (l *layout) largeFile(ino *inode, rec *layoutRecord) error {
 	return err
 }
 
-func (l *layout) progress(n int64) {
+// packed notes that so much content of files was packed, progress that it is in
+// the image, be it as the base has it.
+func (l *layout) packed(n int64) {
 	l.w.out.done += n
+	l.progress(n)
+}
+
+func (l *layout) progress(n int64) {
+	l.done += n
 	if l.w.opt.Progress != nil {
-		l.w.opt.Progress(l.w.out.done, l.w.out.total)
+		l.w.opt.Progress(l.done, l.w.tree.bytes)
 	}
 }
 
@@ -203,9 +212,9 @@ func (l *layout) dataBlock(ctx context.Context, b *block) error {
 	}
 	defer func() { l.p.free <- b }()
 	l.passed += int64(b.n)
-	l.progress(int64(b.n))
 	if b.zero {
 		l.holes(1)
+		l.packed(int64(b.n))
 		return nil
 	}
 	if !l.placed {
@@ -215,7 +224,11 @@ func (l *layout) dataBlock(ctx context.Context, b *block) error {
 	if b.hash {
 		l.sum.block(b.digest)
 	}
-	return l.w.out.write(b.stored)
+	if err := l.w.out.write(b.stored); err != nil {
+		return err
+	}
+	l.packed(int64(b.n))
+	return nil
 }
 
 func (l *layout) holes(n uint64) {

@@ -72,18 +72,21 @@ func (w *writer) run(ctx context.Context, src Source) error {
 	if err := w.checkRoom(); err != nil {
 		return err
 	}
-	w.out.total = w.tree.bytes
 	if err := w.refs.grow(int(w.tree.inodes)); err != nil {
 		return err
 	}
 	if err := w.plan(ctx); err != nil {
 		return err
 	}
+	w.out.total = w.tree.bytes
+	if w.reuse != nil {
+		w.out.total -= w.reuse.stats.Bytes
+	}
 	hasOptions, err := w.begin()
 	if err != nil {
 		return err
 	}
-	w.out.from, w.out.grown = w.out.off, w.opt.Grown
+	w.out.taken, w.out.grown = w.out.off, w.opt.Grown
 	if err := newPipeline(w).run(ctx); err != nil {
 		return err
 	}
@@ -296,10 +299,11 @@ type imageOut struct {
 	w   io.WriterAt
 	off int64
 
-	done, total int64 // of the files' content, to guess what an image needs
+	// To guess what an image needs: where that ends which is taken over, and the
+	// content of the files that are packed behind it.
+	taken, done, total int64
 
-	from  int64 // what lies before this is still being written
-	grown func(from, to int64)
+	grown func(from, to int64) // from what is taken over; nil: nobody asks
 }
 
 func (o *imageOut) write(p []byte) error {
@@ -308,7 +312,7 @@ func (o *imageOut) write(p []byte) error {
 	}
 	o.off += int64(len(p))
 	if o.grown != nil {
-		o.grown(o.from, o.off)
+		o.grown(o.taken, o.off)
 	}
 	return nil
 }
@@ -326,12 +330,10 @@ func (o *imageOut) explain(err error) error {
 	if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 		return err
 	}
-	need := float64(o.off)
-	if o.done > 0 {
-		need *= float64(o.total) / float64(o.done)
-	} else {
-		need += float64(o.total)
+	written, need := o.off-o.taken, float64(o.total)
+	if written > 0 && o.done > 0 {
+		need *= float64(written) / float64(o.done)
 	}
-	return fmt.Errorf("%w: %d bytes were written for %d of %d bytes of files, the image needs about %.0f: free or add that much and pack again",
-		err, o.off, o.done, o.total, math.Ceil(need))
+	return fmt.Errorf("%w: %d bytes were written for %d of %d bytes of files to be packed, the image needs about %.0f: free or add that much and pack again",
+		err, written, o.done, o.total, float64(o.taken)+math.Ceil(need))
 }
