@@ -23,12 +23,16 @@ type region struct {
 	file     *os.File
 }
 
-// segmentBytes is how much room is made at a time.
-const segmentBytes = 1 << 20
+// segmentBytes is how much room is made at a time, but at first: most trees are
+// small, and have many regions.
+const (
+	segmentBytes = 1 << 20
+	leastSegment = 16 << 10
+)
 
 func (r *region) perSegment() int { return segmentBytes / r.size }
 
-// at returns a record, to be read and written.
+// at returns a record, to be read and written until there is room for more.
 func (r *region) at(i int) []byte {
 	per := segmentBytes / r.size
 	return r.segments[i/per][i%per*r.size:][:r.size:r.size]
@@ -37,6 +41,12 @@ func (r *region) at(i int) []byte {
 // grow makes room for n records in all. New ones are zero.
 func (r *region) grow(n int) error {
 	per := r.perSegment()
+	if len(r.segments) > 0 {
+		if first, need := r.segments[0], min(n, per)*r.size; len(first) < need {
+			r.segments[0] = make([]byte, min(segmentBytes, max(need, 2*len(first))))
+			copy(r.segments[0], first)
+		}
+	}
 	for have := len(r.segments) * per; have < n; have += per {
 		if (len(r.segments)+1)*segmentBytes > max(r.spool.holds(), r.size) {
 			if err := r.addMapped(); err != nil {
@@ -44,7 +54,11 @@ func (r *region) grow(n int) error {
 			}
 			continue
 		}
-		r.segments = append(r.segments, make([]byte, segmentBytes))
+		length := segmentBytes
+		if len(r.segments) == 0 {
+			length = min(length, max(n*r.size, leastSegment))
+		}
+		r.segments = append(r.segments, make([]byte, length))
 	}
 	return nil
 }
