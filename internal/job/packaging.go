@@ -61,7 +61,11 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 	if err := r.store.Check(ctx); err != nil {
 		return published{}, err
 	}
-	if err := r.checkSpace(ctx, root); err != nil {
+	base := r.openBase(root)
+	if base != nil {
+		defer base.Close()
+	}
+	if err := r.checkSpace(ctx, root, base); err != nil {
 		return published{}, err
 	}
 	flags := r.flags
@@ -71,22 +75,18 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 	if err := errors.Join(removeStale(root, flags, false), root.ProtectImageDir()); err != nil {
 		return published{}, err
 	}
-	return r.packWhilePublishing(ctx, root, boot)
+	return r.packWhilePublishing(ctx, root, base, boot)
 }
 
 // packWhilePublishing packs beside all that does not need the image: its record,
 // the upload of the other artifacts. The check of the image, and bringing it to
 // disk, overlap with its digest and its upload.
-func (r *run) packWhilePublishing(ctx context.Context, root *layers.Root, boot *imageroot.Boot) (published, error) {
+func (r *run) packWhilePublishing(ctx context.Context, root *layers.Root, base *base, boot *imageroot.Boot) (published, error) {
 	file, err := r.createPacked()
 	if err != nil {
 		return published{}, err
 	}
 	defer file.Close()
-	base := r.openBase(root)
-	if base != nil {
-		defer base.Close()
-	}
 	pending := upload.NewPending()
 	packing, stop := context.WithCancelCause(ctx)
 	done := make(chan struct{})

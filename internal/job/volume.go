@@ -18,7 +18,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/layers"
-	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 )
 
 // probeXattrs warns when the volume cannot hold extended attributes: file
@@ -47,8 +46,8 @@ const (
 	typicalShare = 2
 )
 
-// checkSpace fails when the image cannot fit, and warns when it may not.
-func (r *run) checkSpace(ctx context.Context, root *layers.Root) error {
+// checkSpace fails when the image cannot fit, and warns when it may not. The base goes when nothing else helps.
+func (r *run) checkSpace(ctx context.Context, root *layers.Root, base *base) error {
 	size, err := treeSize(ctx, root.FDPath()) // of a layered one: what changed
 	if err != nil {
 		return fmt.Errorf("measure the image root: %w", err)
@@ -58,11 +57,8 @@ func (r *run) checkSpace(ctx context.Context, root *layers.Root) error {
 		return fmt.Errorf("measure the volume: %w", err)
 	}
 	r.log.Info("space on the volume", "data_to_pack", size, "free", free)
-	if root.Base() == nil {
-		// The image the root was made from goes when nothing else helps.
-		if info, err := os.Lstat(filepath.Join(r.cfg.Parent, layout.Image)); err == nil && info.Mode().IsRegular() {
-			free += info.Size()
-		}
+	if base.removable() {
+		free += base.image.Info().BytesUsed
 	}
 	if free < size/leastShare {
 		return fmt.Errorf("%w: the image root holds %d bytes and the volume has %d left, at least %d are needed to pack it; %s",
