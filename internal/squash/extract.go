@@ -184,12 +184,13 @@ func (x *extractor) split(ctx context.Context, f *fileTask) error {
 	pos := ino.Start
 	for from := 0; from < len(ino.Blocks); from += step {
 		u := unit{files: []*fileTask{f}, from: from, to: min(from+step, len(ino.Blocks)), pos: pos}
-		size := int64(0)
+		holes := true // a block of no bytes is none, but an error
 		for _, w := range ino.Blocks[u.from:u.to] {
 			n, _ := dataWordSize(w)
-			size += int64(n)
+			pos += int64(n)
+			holes = holes && w == 0
 		}
-		if pos += size; size > 0 {
+		if !holes {
 			units = append(units, u)
 		}
 	}

@@ -319,6 +319,7 @@ func TestHostileImages(t *testing.T) {
 		},
 		"data word too large":        fileFix(func(r *inodeRecord) { r.Blocks = []uint32{MinBlockSize + 1} }),
 		"data word with more bits":   fileFix(func(r *inodeRecord) { r.Blocks = []uint32{1<<25 | 7} }),
+		"data word of no bytes":      fileFix(func(r *inodeRecord) { r.Blocks = []uint32{dataWord(0, true)} }),
 		"stored block of wrong size": fileFix(func(r *inodeRecord) { r.Size = 6 }),
 		"fragment that is not there": fileFix(func(r *inodeRecord) { r.Fragment, r.Blocks = 0, nil }),
 		"data block is a bomb": func(f *forgery) {
