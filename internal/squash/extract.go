@@ -22,6 +22,13 @@ type contentSink interface {
 	finish(*fileTask) error
 }
 
+// wholeSink is a sink with a shorter way for files that are one piece of data, as
+// most are: whole is called for these, and nothing else.
+type wholeSink interface {
+	contentSink
+	whole(f *fileTask, b []byte) error
+}
+
 // fileTask is a regular file on its way to a sink.
 type fileTask struct {
 	dir  *treeDir
@@ -72,6 +79,7 @@ const (
 type extractor struct {
 	img   *Image
 	sink  contentSink
+	whole wholeSink         // the sink, if it is one
 	done  func(bytes int64) // may be nil
 	queue chan []unit
 	frags *fragmentCache
@@ -89,6 +97,7 @@ type extractor struct {
 func (img *Image) extract(ctx context.Context, workers int, sink contentSink, done func(int64), feed func(ctx context.Context, x *extractor) error) error {
 	x := &extractor{img: img, sink: sink, done: done, queue: make(chan []unit, runsQueued),
 		frags: newFragmentCache(img, 2*workers+2), limit: firstBatch}
+	x.whole, _ = sink.(wholeSink)
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		defer close(x.queue)
@@ -277,8 +286,11 @@ func (w *blockWorker) do(u unit) error {
 		defer w.x.frags.release(fragment)
 	}
 	for _, f := range u.files {
-		if err := w.begin(f); err != nil {
-			return err
+		whole := w.x.wholly(f)
+		if !whole {
+			if err := w.begin(f); err != nil {
+				return err
+			}
 		}
 		var err error
 		if u.tails {
@@ -289,13 +301,24 @@ func (w *blockWorker) do(u unit) error {
 		if err != nil {
 			return err
 		}
-		if f.left.Add(-1) == 0 {
+		if !whole && f.left.Add(-1) == 0 {
 			if err := w.x.sink.finish(f); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// wholly tells whether the sink gets a file as a whole: its only block or its tail.
+func (x *extractor) wholly(f *fileTask) bool {
+	if x.whole == nil {
+		return false
+	}
+	if f.ino.Fragment != noFragment {
+		return len(f.ino.Blocks) == 0
+	}
+	return len(f.ino.Blocks) == 1 && f.ino.Blocks[0] != 0
 }
 
 // begin announces the file to the sink unless another worker has.
@@ -362,7 +385,13 @@ func (w *blockWorker) read(pos int64, n int) ([]byte, error) {
 }
 
 func (w *blockWorker) write(f *fileTask, off int64, b []byte) error {
-	if err := w.x.sink.write(f, off, b); err != nil {
+	var err error
+	if w.x.wholly(f) {
+		err = w.x.whole.whole(f, b)
+	} else {
+		err = w.x.sink.write(f, off, b)
+	}
+	if err != nil {
 		return err
 	}
 	if w.x.done != nil {

@@ -155,13 +155,13 @@ func indexRecords(ctx context.Context, img *Image, rootFD int) (records []indexR
 		if !n.ino.isFile() || n.again {
 			return nil
 		}
-		fd, err := fds.get(n.dir)
+		dir, err := fds.get(n.dir)
 		if err != nil {
 			return err
 		}
-		defer fds.put(n.dir)
+		defer dir.put()
 		var st unix.Statx_t
-		if err := unix.Statx(fd, n.name, unix.AT_SYMLINK_NOFOLLOW, statMask, &st); err != nil {
+		if err := unix.Statx(dir.fd, n.name, unix.AT_SYMLINK_NOFOLLOW, statMask, &st); err != nil {
 			return &fs.PathError{Op: "stat", Path: n.path(), Err: err}
 		}
 		if !indexable(&st, n.ino) {

@@ -166,10 +166,12 @@ type unpacker struct {
 	xattrs atomic.Int64 // bytes of attributes written
 
 	progressMu sync.Mutex
-	progressAt int64
+	progressAt atomic.Int64
+
+	made [0o1000]atomic.Pointer[access] // what files made with a mode got; see madeAs
 
 	mu   sync.Mutex
-	open map[*fileTask]struct{}
+	open map[*fileTask]struct{} // what several workers may write to
 }
 
 // hardLink is a further name of an inode, made when the first one is there.
@@ -219,16 +221,16 @@ func (u *unpacker) make(ctx context.Context, n *treeName, x *extractor) error {
 	case n.ino.isFile():
 		return x.add(ctx, &fileTask{dir: n.dir, name: n.name, ino: n.ino, fd: -1})
 	}
-	fd, err := u.dirs.get(n.dir)
+	dir, err := u.dirs.get(n.dir)
 	if err != nil {
 		return err
 	}
-	defer u.dirs.put(n.dir)
+	defer dir.put()
 	if n.sub != nil {
 		u.subdirs = append(u.subdirs, n.sub)
-		return u.explain("make directory", n.path(), ignoringEINTR(func() error { return unix.Mkdirat(fd, n.name, 0o700) }))
+		return u.explain("make directory", n.path(), ignoringEINTR(func() error { return unix.Mkdirat(dir.fd, n.name, 0o700) }))
 	}
-	return u.makeNode(fd, n)
+	return u.makeNode(dir.fd, n)
 }
 
 // makeNode makes a symlink, device, fifo or socket. They cannot be opened, so
@@ -260,7 +262,8 @@ func (u *unpacker) makeNode(dirFD int, n *treeName) error {
 			return u.explain("set mode of", n.path(), err)
 		}
 	}
-	err = unix.UtimesNanoAt(dirFD, n.name, times(ino), unix.AT_SYMLINK_NOFOLLOW)
+	ts := times(ino)
+	err = unix.UtimesNanoAt(dirFD, n.name, ts[:], unix.AT_SYMLINK_NOFOLLOW)
 	return u.explain("set times of", n.path(), err)
 }
 
@@ -270,35 +273,47 @@ func (u *unpacker) link(l hardLink) error {
 	if err != nil {
 		return err
 	}
-	defer u.dirs.put(l.first.dir)
+	defer from.put()
 	to, err := u.dirs.get(l.dir)
 	if err != nil {
 		return err
 	}
-	defer u.dirs.put(l.dir)
-	return u.explain("make hard link", l.dir.join(l.name), unix.Linkat(from, l.first.name, to, l.name, 0))
+	defer to.put()
+	return u.explain("make hard link", l.dir.join(l.name), unix.Linkat(from.fd, l.first.name, to.fd, l.name, 0))
 }
 
 // finishDir restores a directory's metadata.
 func (u *unpacker) finishDir(d *treeDir) error {
-	fd, err := u.dirs.get(d)
+	dir, err := u.dirs.get(d)
 	if err != nil {
 		return err
 	}
-	defer u.dirs.put(d)
-	return u.finishFD(fd, d.ino, d.path)
+	defer dir.put()
+	is, err := u.look(dir.fd, d.path)
+	if err != nil {
+		return err
+	}
+	return u.restore(dir.fd, d.ino, &is, d.path)
 }
 
-// finishFD restores the metadata of an open file or directory. The order
-// matters: changing the owner takes setuid bits and capabilities away. Most files
-// have been made with the owner and mode they need, and asking is cheaper than
-// setting.
-func (u *unpacker) finishFD(fd int, ino *Inode, name func() string) error {
+// access is the owner of a file or directory, and its permissions.
+type access struct{ uid, gid, perm uint32 }
+
+// look asks for those of an open one.
+func (u *unpacker) look(fd int, name func() string) (access, error) {
 	var is unix.Stat_t
 	if err := unix.Fstat(fd, &is); err != nil {
-		return u.explain("look at", name(), err)
+		return access{}, u.explain("look at", name(), err)
 	}
-	chown := is.Uid != ino.UID || is.Gid != ino.GID
+	return access{is.Uid, is.Gid, is.Mode & 0o7777}, nil
+}
+
+// restore restores the metadata of an open file or directory, which is as its
+// making left it. The order matters: changing the owner takes setuid bits and
+// capabilities away. Most files have been made with the owner and mode they
+// need, and what is right is not set.
+func (u *unpacker) restore(fd int, ino *Inode, is *access, name func() string) error {
+	chown := is.uid != ino.UID || is.gid != ino.GID
 	if chown {
 		if err := unix.Fchown(fd, int(ino.UID), int(ino.GID)); err != nil {
 			return u.explain(ownerOp(ino), name(), err)
@@ -308,12 +323,13 @@ func (u *unpacker) finishFD(fd int, ino *Inode, name func() string) error {
 	if err != nil {
 		return err
 	}
-	if perm := unixPerm(ino.Mode); chown || is.Mode&0o7777 != perm {
+	if perm := unixPerm(ino.Mode); chown || is.perm != perm {
 		if err := unix.Fchmod(fd, perm); err != nil {
 			return u.explain("set mode of", name(), err)
 		}
 	}
-	if err := futimens(fd, times(ino)); err != nil {
+	ts := times(ino)
+	if err := futimens(fd, ts[:]); err != nil {
 		return u.explain("set times of", name(), err)
 	}
 	return nil
@@ -343,12 +359,13 @@ func (u *unpacker) setXattrs(ino *Inode, name func() string, set func(string, []
 func (u *unpacker) progress(n int64) {
 	const step = 4 << 20
 	done := u.done.Add(n)
-	if u.opt.Progress == nil || !u.progressMu.TryLock() {
+	if u.opt.Progress == nil || done-u.progressAt.Load() < step || !u.progressMu.TryLock() {
 		return
 	}
 	defer u.progressMu.Unlock()
-	if done-u.progressAt >= step {
-		u.progressAt = done
+	// Who had the lock a moment ago may have come further.
+	if done-u.progressAt.Load() >= step {
+		u.progressAt.Store(done)
 		u.opt.Progress(done, u.total)
 	}
 }

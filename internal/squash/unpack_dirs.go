@@ -6,6 +6,7 @@ import (
 	"container/list"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,70 +17,64 @@ const maxDirFDs = 128
 // dirFDs opens the directories of the tree being made, one name at a time from
 // a directory that is open already, and keeps those used last open.
 type dirFDs struct {
-	root int
+	root *dirFD
 
 	mu   sync.Mutex
-	open map[*treeDir]*dirFD
-	used list.List // of *treeDir, the one used last in front
+	used list.List // of *treeDir with a dirFD, the one used last in front
 }
 
+// dirFD is an open directory.
 type dirFD struct {
 	fd    int
-	users int
+	users atomic.Int32  // more only with the lock held
 	place *list.Element // in used
 }
 
-func newDirFDs(root int) *dirFDs { return &dirFDs{root: root, open: map[*treeDir]*dirFD{}} }
+func newDirFDs(root int) *dirFDs { return &dirFDs{root: &dirFD{fd: root}} }
 
-// get returns a descriptor of a directory, valid until put.
-func (c *dirFDs) get(d *treeDir) (int, error) {
+// put says that the caller of get is done.
+func (d *dirFD) put() { d.users.Add(-1) }
+
+// get returns a directory, open until put.
+func (c *dirFDs) get(d *treeDir) (*dirFD, error) {
 	if d.parent == nil {
+		c.root.users.Add(1)
 		return c.root, nil
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if e := c.open[d]; e != nil {
-		e.users++
+	if e := d.open; e != nil {
+		e.users.Add(1)
 		c.used.MoveToFront(e.place)
-		return e.fd, nil
+		return e, nil
 	}
 	// Open the way down from the nearest ancestor that is open.
 	var way []*treeDir
-	fd := c.root
-	for at := d; at.parent != nil; at = at.parent {
-		if e := c.open[at]; e != nil {
-			fd = e.fd
-			break
-		}
+	at := d
+	for ; at.parent != nil && at.open == nil; at = at.parent {
 		way = append(way, at)
 	}
+	from := c.root
+	if at.parent != nil {
+		from = at.open
+	}
 	for i := len(way) - 1; i >= 0; i-- {
-		var next int
+		next := &dirFD{}
 		err := ignoringEINTR(func() (err error) {
-			next, err = openDir(fd, way[i].name)
+			next.fd, err = openDir(from.fd, way[i].name)
 			return err
 		})
 		if err != nil {
-			return -1, fmt.Errorf("open directory %s: %w", way[i].path(), err)
+			return nil, fmt.Errorf("open directory %s: %w", way[i].path(), err)
 		}
-		e := &dirFD{fd: next, place: c.used.PushFront(way[i])}
-		fd, c.open[way[i]] = next, e
+		next.place = c.used.PushFront(way[i])
+		from, way[i].open = next, next
 		if i == 0 {
-			e.users = 1
+			next.users.Add(1)
 		}
 		c.trim()
 	}
-	return fd, nil
-}
-
-// put says that the caller of get is done.
-func (c *dirFDs) put(d *treeDir) {
-	if d.parent == nil {
-		return
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.open[d].users--
+	return from, nil
 }
 
 // trim closes the directories used longest ago.
@@ -87,9 +82,8 @@ func (c *dirFDs) trim() {
 	for at := c.used.Back(); at != nil && c.used.Len() > maxDirFDs; {
 		d, last := at.Value.(*treeDir), at
 		at = at.Prev()
-		if e := c.open[d]; e.users == 0 {
-			unix.Close(e.fd)
-			delete(c.open, d)
+		if d.open.users.Load() == 0 {
+			c.drop(d)
 			c.used.Remove(last)
 		}
 	}
@@ -98,8 +92,12 @@ func (c *dirFDs) trim() {
 // close closes all but the root. Nothing was written through them, so there is
 // no error to lose.
 func (c *dirFDs) close() {
-	for d, e := range c.open {
-		unix.Close(e.fd)
-		delete(c.open, d)
+	for at := c.used.Front(); at != nil; at = at.Next() {
+		c.drop(at.Value.(*treeDir))
 	}
+}
+
+func (c *dirFDs) drop(d *treeDir) {
+	unix.Close(d.open.fd)
+	d.open = nil
 }

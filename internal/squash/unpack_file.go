@@ -14,31 +14,40 @@ import (
 
 // begin implements contentSink: it makes the file.
 func (u *unpacker) begin(f *fileTask) error {
-	dir, err := u.dirs.get(f.dir)
-	if err != nil {
+	if err := u.create(f); err != nil {
 		return err
-	}
-	defer u.dirs.put(f.dir)
-	// The mode it will have in the end, which spares setting it. Nobody else can
-	// enter the directories yet, and we can write attributes.
-	mode := uint32(f.ino.Mode.Perm()) | 0o600
-	err = ignoringEINTR(func() error {
-		f.fd, err = unix.Openat(dir, f.name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
-		return err
-	})
-	if err != nil {
-		return u.explain("make file", f.path(), err)
 	}
 	u.mu.Lock()
 	u.open[f] = struct{}{}
 	u.mu.Unlock()
 	// A hole at the end is made by nothing but the size.
 	if n := len(f.ino.Blocks); n > 0 && f.ino.Blocks[n-1] == 0 {
-		err = ignoringEINTR(func() error { return unix.Ftruncate(f.fd, f.ino.Size) })
+		err := ignoringEINTR(func() error { return unix.Ftruncate(f.fd, f.ino.Size) })
 		return u.explain("set size of", f.path(), err)
 	}
 	return nil
 }
+
+// create makes and opens a file.
+func (u *unpacker) create(f *fileTask) error {
+	dir, err := u.dirs.get(f.dir)
+	if err != nil {
+		return err
+	}
+	err = ignoringEINTR(func() (err error) {
+		f.fd, err = unix.Openat(dir.fd, f.name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, createMode(f.ino))
+		return err
+	})
+	dir.put()
+	if err != nil {
+		return u.explain("make file", f.path(), err)
+	}
+	return nil
+}
+
+// createMode is the mode a file will have in the end, which spares setting it.
+// Nobody else can enter the directories yet, and we can write attributes.
+func createMode(ino *Inode) uint32 { return uint32(ino.Mode.Perm()) | 0o600 }
 
 // write implements contentSink.
 func (u *unpacker) write(f *fileTask, off int64, b []byte) error {
@@ -58,13 +67,58 @@ func (u *unpacker) write(f *fileTask, off int64, b []byte) error {
 
 // finish implements contentSink.
 func (u *unpacker) finish(f *fileTask) error {
-	if err := u.finishFD(f.fd, f.ino, f.path); err != nil {
+	if err := u.finishFile(f); err != nil {
 		return err
 	}
 	u.mu.Lock()
 	delete(u.open, f)
 	u.mu.Unlock()
-	// Close is where a network file system tells that a write went wrong.
+	return u.close(f)
+}
+
+// whole implements wholeSink. The file is in nobody else's hands, so there is
+// nothing to keep about it.
+func (u *unpacker) whole(f *fileTask, b []byte) error {
+	if err := u.create(f); err != nil {
+		return err
+	}
+	err := u.write(f, 0, b)
+	if err == nil {
+		err = u.finishFile(f)
+	}
+	if err != nil {
+		unix.Close(f.fd)
+		return err
+	}
+	return u.close(f)
+}
+
+// finishFile restores a file's metadata.
+func (u *unpacker) finishFile(f *fileTask) error {
+	is, err := u.madeAs(f)
+	if err != nil {
+		return err
+	}
+	return u.restore(f.fd, f.ino, is, f.path)
+}
+
+// madeAs returns the owner and mode a file was made with. They depend on the mode
+// asked for and on nothing else: all directories are ours, made alike, and
+// finished when all files are. So one file of each mode is looked at.
+func (u *unpacker) madeAs(f *fileTask) (*access, error) {
+	known := &u.made[createMode(f.ino)]
+	if a := known.Load(); a != nil {
+		return a, nil
+	}
+	a, err := u.look(f.fd, f.path)
+	if err == nil {
+		known.Store(&a)
+	}
+	return &a, err
+}
+
+func (u *unpacker) close(f *fileTask) error {
+	// This is where a network file system tells that a write went wrong.
 	if err := unix.Close(f.fd); err != nil && !errors.Is(err, unix.EINTR) {
 		return u.explain("close", f.path(), err)
 	}
@@ -79,9 +133,9 @@ func (u *unpacker) closeFiles() {
 }
 
 // times returns the access and modification time to set.
-func times(ino *Inode) []unix.Timespec {
+func times(ino *Inode) [2]unix.Timespec {
 	ts := unix.Timespec{Sec: int64(ino.MTime)}
-	return []unix.Timespec{ts, ts}
+	return [2]unix.Timespec{ts, ts}
 }
 
 // futimens is utimensat(2) without a name: for an open file, no path is looked

@@ -325,3 +325,21 @@ func TestUnpackNoSpace(t *testing.T) {
 		}
 	}
 }
+
+// Directories that give new files other modes than those asked for.
+func TestUnpackDefaultACL(t *testing.T) {
+	dir := plainTree(t)
+	out := filepath.Join(t.TempDir(), "root")
+	if err := os.Mkdir(out, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	// acl(5) as the kernel stores it: version 2; u::rwx, g::---, o::---.
+	acl := "\x02\x00\x00\x00" + "\x01\x00\x07\x00\xff\xff\xff\xff" + "\x04\x00\x00\x00\xff\xff\xff\xff" + "\x20\x00\x00\x00\xff\xff\xff\xff"
+	if err := unix.Setxattr(out, "system.posix_acl_default", []byte(acl), 0); err != nil {
+		t.Skipf("this file system has no ACLs: %v", err)
+	}
+	if _, err := Unpack(t.Context(), openImage(t, mksquashfs(t, dir)), out, UnpackOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	treekit.Equal(t, dir, out, treekit.Seconds, treekit.NoXattrs) // the ACL itself stays
+}

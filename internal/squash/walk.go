@@ -14,6 +14,7 @@ type treeDir struct {
 	parent *treeDir // nil for the root
 	name   string
 	ino    *Inode
+	open   *dirFD // of dirFDs, which may hold it open
 }
 
 // path returns the directory's path in the image, "." for the root.
@@ -102,7 +103,8 @@ func (v *visits) note(ino *Inode) error {
 	return nil
 }
 
-// walk calls visit for every name but the root's. Errors of the image itself
+// walk calls visit for every name but the root's, which must not keep what it is
+// given. Errors of the image itself
 // name the path; visit's are passed on as they are.
 func (w *walker) walk(ctx context.Context, visit func(*treeName) error) error {
 	return guard(ctx, func(ctx context.Context) error { return w.walkTree(ctx, visit) })
@@ -118,6 +120,7 @@ func (w *walker) walkTree(ctx context.Context, visit func(*treeName) error) erro
 		return errorAt(".", err)
 	}
 	stack := []level{{w.root, list}}
+	var n treeName // of one turn only, to spare the allocation
 	for len(stack) > 0 {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
@@ -131,11 +134,11 @@ func (w *walker) walkTree(ctx context.Context, visit func(*treeName) error) erro
 			stack = stack[:len(stack)-1]
 			continue
 		}
-		n, err := w.meet(at.dir, e)
-		if err != nil {
-			return errorAt(at.dir.join(e.Name), err)
+		n = treeName{dir: at.dir, name: e.Name}
+		if err := w.meet(&n, e); err != nil {
+			return errorAt(n.path(), err)
 		}
-		if err := visit(n); err != nil {
+		if err := visit(&n); err != nil {
 			return err
 		}
 		if n.sub == nil {
@@ -152,13 +155,11 @@ func (w *walker) walkTree(ctx context.Context, visit func(*treeName) error) erro
 }
 
 // meet reads the inode of an entry.
-func (w *walker) meet(dir *treeDir, e dirEntry) (*treeName, error) {
-	ino, err := w.img.entryInode(e)
-	if err != nil {
-		return nil, err
+func (w *walker) meet(n *treeName, e dirEntry) (err error) {
+	if n.ino, err = w.img.entryInode(e); err != nil {
+		return err
 	}
-	n := &treeName{dir: dir, name: e.Name, ino: ino}
-	linked := !ino.IsDir() && ino.NLink > 1
+	linked := !n.ino.IsDir() && n.ino.NLink > 1
 	var key []byte
 	if linked {
 		key = binary.LittleEndian.AppendUint64(nil, uint64(e.ref))
@@ -167,23 +168,23 @@ func (w *walker) meet(dir *treeDir, e dirEntry) (*treeName, error) {
 			if w.named {
 				n.link = w.names[at]
 			}
-			return n, nil
+			return nil
 		}
 	}
-	if err := w.seen.note(ino); err != nil {
-		return nil, err
+	if err := w.seen.note(n.ino); err != nil {
+		return err
 	}
-	if ino.IsDir() {
-		n.sub = &treeDir{parent: dir, name: e.Name, ino: ino}
+	if n.ino.IsDir() {
+		n.sub = &treeDir{parent: n.dir, name: n.name, ino: n.ino}
 	}
 	if !linked {
-		return n, nil
+		return nil
 	}
 	if w.named {
-		w.names = append(w.names, &linkName{dir, e.Name})
+		w.names = append(w.names, &linkName{n.dir, n.name})
 	}
 	_, err = w.links.add(key)
-	return n, err
+	return err
 }
 
 // errorAt adds the path an error of the image is about.
