@@ -88,6 +88,12 @@ type extractor struct {
 	words int
 	limit int
 
+	// Files whose fragment lies before those of earlier batches, as duplicates
+	// do, wait for each other: each fragment is unpacked once more for all of
+	// them, not for each.
+	strays []placed
+	passed int64 // where the fragment lies that is the last by now
+
 	run      []unit // not yet in the queue
 	runBytes int64
 	runFiles int
@@ -104,7 +110,10 @@ func (img *Image) extract(ctx context.Context, workers int, sink contentSink, do
 		if err := feed(ctx, x); err != nil {
 			return err
 		}
-		return x.flush(ctx)
+		if err := x.flush(ctx); err != nil {
+			return err
+		}
+		return x.sendStrays(ctx)
 	})
 	for range workers {
 		g.Go(func() error { return x.work(ctx) })
@@ -123,21 +132,53 @@ func (x *extractor) add(ctx context.Context, f *fileTask) error {
 	return x.flush(ctx)
 }
 
-// flush sorts the batch and hands it to the workers.
+// placed is a file and where in the image its data begins.
+type placed struct {
+	pos int64
+	f   *fileTask
+}
+
+// flush hands the batch to the workers, but for its strays if these are few.
 func (x *extractor) flush(ctx context.Context) error {
-	type placed struct {
-		pos int64
-		f   *fileTask
-	}
-	files := make([]placed, len(x.batch))
-	for i, f := range x.batch {
+	files := make([]placed, 0, len(x.batch))
+	var strays []placed
+	passed := x.passed
+	for _, f := range x.batch {
 		pos, err := x.place(f.ino)
 		if err != nil {
 			return errorAt(f.path(), err)
 		}
-		files[i] = placed{pos, f}
+		if len(f.ino.Blocks) == 0 && f.ino.Fragment != noFragment {
+			if pos < x.passed {
+				strays = append(strays, placed{pos, f})
+				continue
+			}
+			passed = max(passed, pos)
+		}
+		files = append(files, placed{pos, f})
 	}
-	x.batch, x.words = nil, 0
+	if len(strays) > len(x.batch)/4 {
+		files = append(files, strays...)
+	} else {
+		x.strays = append(x.strays, strays...)
+	}
+	x.batch, x.words, x.passed = nil, 0, passed
+	if len(x.strays) >= largestBatch {
+		if err := x.sendStrays(ctx); err != nil {
+			return err
+		}
+	}
+	return x.sendSorted(ctx, files)
+}
+
+func (x *extractor) sendStrays(ctx context.Context) error {
+	files := x.strays
+	x.strays = nil
+	return x.sendSorted(ctx, files)
+}
+
+// sendSorted sorts files and hands them to the workers.
+func (x *extractor) sendSorted(ctx context.Context, files []placed) error {
 	slices.SortStableFunc(files, func(a, b placed) int { return cmp.Compare(a.pos, b.pos) })
 
 	var group unit // of tails in one fragment

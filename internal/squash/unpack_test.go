@@ -343,3 +343,23 @@ func TestUnpackDefaultACL(t *testing.T) {
 	}
 	treekit.Equal(t, dir, out, treekit.Seconds, treekit.NoXattrs) // the ACL itself stays
 }
+
+// Duplicates of files whose fragments were done with batches ago.
+func TestUnpackStrays(t *testing.T) {
+	dir := t.TempDir()
+	for i := range 2000 {
+		n := i
+		if i >= 1000 && i%20 == 0 {
+			n -= 1000
+		}
+		content := bytes.Repeat(fmt.Append(nil, n, " "), 100)
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%04d", i)), content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, st := unpackTo(t, openImage(t, mksquashfs(t, dir, "-b", "4096")), UnpackOptions{})
+	treekit.Equal(t, dir, out, treekit.Seconds)
+	if st.Files != 2000 {
+		t.Errorf("%d files, want 2000", st.Files)
+	}
+}
