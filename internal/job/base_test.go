@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/layout"
 	"github.com/ims-buildenv/ims-buildenv/internal/signalfile"
@@ -233,25 +235,39 @@ func (p *pod) storeBase() layout.Record {
 // countSent counts what is sent to the store from now on.
 func (p *pod) countSent() *atomic.Int64 {
 	p.t.Helper()
+	var sent atomic.Int64
+	p.meet(func(r *http.Request) { sent.Add(max(r.ContentLength, 0)) })
+	return &sent
+}
+
+// meet has the requests to the store come past do from now on.
+func (p *pod) meet(do func(r *http.Request)) {
+	p.t.Helper()
 	to, err := url.Parse(p.s3.Endpoint)
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	var sent atomic.Int64
 	proxy := httptest.NewServer(&httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
-		sent.Add(max(r.In.ContentLength, 0))
+		do(r.In)
 		r.SetURL(to)
 		r.Out.Host = r.In.Host // it is signed
 	}})
 	p.t.Cleanup(proxy.Close)
 	p.cfg.S3.Endpoint = proxy.URL
 	p.store.S3 = p.newStore()
-	return &sent
 }
 
-// What is new of an image is sent while the rest of it is packed, beside what the store copies from the old one.
+// Over a slow network, what is new of an image is sent while the rest of it is packed.
 func TestSentWhilePacking(t *testing.T) {
 	p := newPod(t)
+	p.meet(func(r *http.Request) {
+		if r.Method == http.MethodPut && strings.HasSuffix(r.URL.Path, "/kernel") {
+			time.Sleep(100 * time.Millisecond)
+		}
+	})
+	if err := os.WriteFile(filepath.Join(p.cfg.RootDir, "boot/vmlinuz"), make([]byte, 2<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	p.prepare()
 	fresh := make([]byte, 160<<20)
 	rand.NewChaCha8([32]byte{}).Read(fresh)

@@ -7,23 +7,58 @@ import (
 	"errors"
 	"io"
 	"math"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 )
 
-// aheadLeast is how many parts of a body must be there before they are sent ahead
-// of the rest: few are sent as fast afterwards, and need no second object.
-const aheadLeast = 4
+// Sending ahead pays where the network is much slower than the making: elsewhere
+// the second object costs the store, and both sides' processors, more than is won.
+const (
+	aheadLeast = 4        // parts of a body that must be there: few are sent as fast afterwards
+	aheadBelow = 50 << 20 // bytes per second of one request
+	aheadKnown = 1 << 20  // the shortest body that tells how fast requests are
+)
+
+// speed is how fast bodies were sent, one request each.
+type speed struct {
+	mu    sync.Mutex
+	bytes int64
+	time  time.Duration
+}
+
+func (s *speed) note(bytes int64, since time.Time) {
+	if bytes < aheadKnown {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.bytes, s.time = s.bytes+bytes, s.time+time.Since(since)
+}
+
+// slow reports whether they were slower than aheadBelow, once any were sent.
+func (s *speed) slow() (slow, known bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return float64(s.bytes) < aheadBelow*s.time.Seconds(), s.bytes > 0
+}
 
 // SendAhead sends the parts of a body as they are made, to an object of their
-// own under key, until p is whole or closed. It returns that object as a base to
-// copy from, which the caller deletes, or nil: then nothing is left of it, and
-// everything is to be sent.
+// own under key, until p is whole or closed. Whether that pays it learns from
+// what else is sent meanwhile. It returns that object as a base to copy from,
+// which the caller deletes, or nil: then nothing is left of it, and everything is
+// to be sent.
 func (s *S3) SendAhead(ctx context.Context, key string, body io.ReaderAt, p *Pending) *Base {
-	from, ok := p.reaches(ctx, aheadLeast*s.partSize)
-	if !ok {
-		return nil
+	var from int64
+	for parts, known := int64(aheadLeast), false; !known; parts++ {
+		var ok, slow bool
+		if from, ok = p.reaches(ctx, parts*s.partSize); !ok {
+			return nil
+		}
+		if slow, known = s.speed.slow(); known && !slow {
+			return nil
+		}
 	}
 	began := time.Now()
 	t := &transfer{s: s, part: s.partSize, parts: map[int32]sentPart{}, slots: make(chan struct{}, s.parallel),

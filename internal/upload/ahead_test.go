@@ -75,6 +75,7 @@ func TestSendAhead(t *testing.T) {
 		on, path string
 		meet     func(next http.RoundTripper, req *http.Request) *http.Response
 		change   bool // what was sent ahead is not what it becomes
+		fast     bool // the network
 		// Of `parts` and 7 MiB, all but 2 MiB are there before the rest.
 		parts       int
 		copies      int
@@ -91,6 +92,7 @@ func TestSendAhead(t *testing.T) {
 		"not deleted":          {on: "DELETE", path: "rootfs.ahead", meet: refuse, parts: 4, most: 27, log: "delete it by hand"},
 		"put together unheard": {on: "complete", path: "rootfs.ahead", meet: unheard, parts: 4, most: 27},
 		"too little":           {parts: 3, least: 22, most: 22},
+		"fast enough":          {parts: 4, fast: true, least: 27, most: 27},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var log logged
@@ -113,6 +115,9 @@ func TestSendAhead(t *testing.T) {
 			body := noise((5*tt.parts+7)*mib + 5)
 			g, p := &growing{}, NewPending()
 			boot := bytes.NewReader(noise(100))
+			if s.speed.note(1<<30, time.Now().Add(-time.Minute)); tt.fast {
+				s.speed.note(1<<50, time.Now())
+			}
 			done := make(chan error, 1)
 			var res Result
 			go func() {
@@ -126,7 +131,7 @@ func TestSendAhead(t *testing.T) {
 				g.write(body[from:n], from)
 				p.Grown(from, int64(n))
 			}
-			if tt.parts >= aheadLeast && tt.on != "POST" {
+			if tt.parts >= aheadLeast && tt.on != "POST" && !tt.fast {
 				eventually(t, "parts are sent", func() bool {
 					n, _ := seen.of("part rootfs.ahead")
 					return n >= tt.parts || n > 0 && tt.path == "rootfs.ahead" && tt.on == "part"
@@ -175,6 +180,7 @@ func TestSendAheadEnds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := newStore(t, func(c *S3Config) { c.PartSize = minPartSize })
 			ctx, cancel := context.WithCancelCause(t.Context())
+			s.speed.note(aheadKnown, time.Now().Add(-time.Minute))
 			p := NewPending()
 			body := bytes.NewReader(noise(30 * mib))
 			done := make(chan error, 1)

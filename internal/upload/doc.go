@@ -34,7 +34,8 @@
 // digest is metadata that an upload begins with, and cannot be added later: Ceph
 // releases exist that lose an object's data some hours after it was copied onto
 // itself for new metadata (tracker.ceph.com/issues/70746). So its parts are sent
-// as they are made to an object beside it, which becomes one more base.
+// as they are made to an object beside it, which becomes one more base; but only
+// over a network so slow that this pays.
 //
 // # Dialect
 //

@@ -125,11 +125,15 @@ func (s *S3) putSingle(ctx context.Context, o Object, meta map[string]string) er
 		return err
 	}
 	err = s.retry(ctx, "upload "+s.URL(o.Key), func(ctx context.Context) error {
+		began := time.Now()
 		_, err := s.client.PutObject(ctx, &s3.PutObjectInput{
 			Bucket: &s.bucket, Key: &o.Key, Metadata: meta, ContentType: aws.String(contentType),
 			ContentMD5: aws.String(base64.StdEncoding.EncodeToString(sum)), ContentLength: aws.Int64(o.Size),
 			Body: bodyOf(o, 0, o.Size),
 		})
+		if err == nil {
+			s.speed.note(o.Size, began)
+		}
 		return err
 	})
 	if err == nil {

@@ -230,6 +230,7 @@ func (t *transfer) send(ctx context.Context, p piece) error {
 	sum := base64.StdEncoding.EncodeToString(h.Sum(nil))
 	var etag string
 	err := s.retry(ctx, fmt.Sprintf("upload part %d of %s", p.number, s.URL(o.Key)), func(context.Context) error {
+		began := time.Now()
 		out, err := s.client.UploadPart(t.requests, &s3.UploadPartInput{
 			Bucket: &s.bucket, Key: &o.Key, UploadId: &t.id, PartNumber: &p.number,
 			ContentMD5: &sum, ContentLength: &p.n, Body: bodyOf(o, p.off, p.n),
@@ -237,6 +238,7 @@ func (t *transfer) send(ctx context.Context, p piece) error {
 		if err != nil {
 			return err
 		}
+		s.speed.note(p.n, began)
 		etag = aws.ToString(out.ETag)
 		return nil
 	})

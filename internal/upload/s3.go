@@ -70,6 +70,7 @@ type S3 struct {
 	budget   time.Duration
 	pause    time.Duration
 	log      *slog.Logger
+	speed    speed
 }
 
 // Info describes a stored object.
