@@ -11,7 +11,7 @@ import (
 // requestAgent makes a socket in the jail that leads to the client's agent (ssh -A). The
 // connection has one, as in sshd: every session that starts later finds it.
 func (ss *session) requestAgent() error {
-	set := ss.c.srv.set
+	set := ss.c.set
 	switch {
 	case ss.started:
 		return errors.New("the command is already running")

@@ -55,13 +55,13 @@ var errDenied = errors.New("permission denied")
 func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 	return &ssh.ServerConfig{
 		Config: ssh.Config{
-			KeyExchanges:   s.algs.kex,
+			KeyExchanges:   c.algs.kex,
 			Ciphers:        c.ciphers,
-			MACs:           s.algs.macs,
-			RekeyThreshold: s.set.RekeyBytes,
+			MACs:           c.algs.macs,
+			RekeyThreshold: c.set.RekeyBytes,
 		},
-		PublicKeyAuthAlgorithms: s.algs.pubkeys,
-		MaxAuthTries:            s.set.MaxAuthTries,
+		PublicKeyAuthAlgorithms: c.algs.pubkeys,
+		MaxAuthTries:            c.set.MaxAuthTries,
 		NoClientAuthCallback: func(ssh.ConnMetadata) (*ssh.Permissions, error) {
 			return nil, ssh.ErrNoAuth
 		},
@@ -73,7 +73,7 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 			}
 			c.offered.Store(true)
 			perms := &ssh.Permissions{}
-			if l.key.NoTouchRequired && !s.set.TouchRequired {
+			if l.key.NoTouchRequired && !c.set.TouchRequired {
 				perms.Extensions = map[string]string{"no-touch-required": ""}
 			}
 			return perms, nil
@@ -82,7 +82,7 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 		// this very attempt. The file is read again: what it says now counts.
 		VerifiedPublicKeyCallback: func(meta ssh.ConnMetadata, key ssh.PublicKey, _ *ssh.Permissions, alg string) (*ssh.Permissions, error) {
 			l, err := s.authorize(c, meta, key)
-			if err == nil && !s.algs.accepts(key, alg) {
+			if err == nil && !c.algs.accepts(key, alg) {
 				err = fmt.Errorf("%w: %s is not in PubkeyAcceptedAlgorithms", errDenied, alg)
 			}
 			if err != nil {
@@ -109,10 +109,10 @@ func (s *server) serverConfig(c *conn) *ssh.ServerConfig {
 
 // banner is the text of the Banner file.
 func (s *server) banner(c *conn) string {
-	if s.set.Banner == "" {
+	if c.set.Banner == "" {
 		return ""
 	}
-	text, err := readBounded(s.set.Banner, 64<<10)
+	text, err := readBounded(c.set.Banner, 64<<10)
 	if err != nil {
 		c.log.Warn("banner", "err", err)
 	}
@@ -128,13 +128,13 @@ func (s *server) authorize(c *conn, meta ssh.ConnMetadata, key ssh.PublicKey) (*
 		return nil, fmt.Errorf("%w: the only user is %s", errDenied, user)
 	}
 	addr := peerAddr(meta.RemoteAddr())
-	if err := userAllowed(s.set, addr); err != nil {
+	if err := userAllowed(c.set, addr); err != nil {
 		return nil, err
 	}
-	if err := checkRevoked(s.set, key); err != nil {
+	if err := checkRevoked(c.set, key); err != nil {
 		return nil, fmt.Errorf("%w: %w", errDenied, err)
 	}
-	keys, bad, err := readKeys(s.set)
+	keys, bad, err := readKeys(c.set)
 	if err != nil {
 		c.log.Error("authorized_keys", "err", err)
 	}
@@ -146,7 +146,7 @@ func (s *server) authorize(c *conn, meta ssh.ConnMetadata, key ssh.PublicKey) (*
 	cert, certified := key.(*ssh.Certificate)
 	if certified {
 		who = cert.SignatureKey
-		k, err = authorizeCert(s.set, s.algs.ca, keys, authkeys.Certified{Certificate: cert, Addr: addr, Now: time.Now(), MinRSA: s.set.RequiredRSASize})
+		k, err = authorizeCert(c.set, c.algs.ca, keys, authkeys.Certified{Certificate: cert, Addr: addr, Now: time.Now(), MinRSA: c.set.RequiredRSASize})
 	} else {
 		k, err = authkeys.Find(keys, key, addr, time.Now())
 	}
@@ -154,8 +154,8 @@ func (s *server) authorize(c *conn, meta ssh.ConnMetadata, key ssh.PublicKey) (*
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", errDenied, err)
 	case k == nil:
-		return nil, fmt.Errorf("%w: key %s is not in %s", errDenied, ssh.FingerprintSHA256(who), strings.Join(s.set.AuthorizedKeysFiles, " "))
-	case s.set.PermitRootLogin == sshdconf.RootForcedCommandsOnly && !k.Forced && s.set.ForceCommand == "":
+		return nil, fmt.Errorf("%w: key %s is not in %s", errDenied, ssh.FingerprintSHA256(who), strings.Join(c.set.AuthorizedKeysFiles, " "))
+	case c.set.PermitRootLogin == sshdconf.RootForcedCommandsOnly && !k.Forced && c.set.ForceCommand == "":
 		return nil, fmt.Errorf("%w: PermitRootLogin forced-commands-only, and the key has no command=", errDenied)
 	}
 	return &login{k, cert}, nil
@@ -175,7 +175,7 @@ func userAllowed(set *sshdconf.Settings, addr netip.Addr) error {
 		if !sshdconf.MatchList(user, name) {
 			return false
 		}
-		ok, err := authkeys.MatchAddress(addr, host) // the error was told when the file was read
+		ok, err := sshdconf.MatchAddress(addr, host) // the error was told when the file was read
 		return !atHost || err == nil && ok
 	}
 	matchGroup := func(pat string) bool { return sshdconf.MatchList("root", pat) }
@@ -200,7 +200,7 @@ func checkPeers(set *sshdconf.Settings) error {
 	}{{"AllowUsers", set.AllowUsers}, {"DenyUsers", set.DenyUsers}} {
 		for _, p := range l.patterns {
 			if _, host, atHost := strings.Cut(p, "@"); atHost {
-				if _, err := authkeys.MatchAddress(netip.IPv4Unspecified(), host); err != nil {
+				if _, err := sshdconf.MatchAddress(netip.IPv4Unspecified(), host); err != nil {
 					return fmt.Errorf("sshd_config: %s %s: %w", l.keyword, p, err)
 				}
 			}
@@ -239,14 +239,44 @@ func expand(f string) string {
 	return f
 }
 
-// checkKeys fails when nobody could ever log in.
+// errNobody says why nobody could log in.
+var errNobody = errors.New("nobody could log in")
+
+// checkKeys fails when nobody could ever log in, from anywhere. It returns the number of keys.
 func checkKeys(set *sshdconf.Settings, warn func(msg string, args ...any)) (int, error) {
+	best, why := -1, error(nil)
+	told := map[string]bool{}
+	once := func(bad *authkeys.LineError) {
+		if !told[bad.Error()] {
+			told[bad.Error()] = true
+			warn("authorized_keys line ignored", "err", bad)
+		}
+	}
+	for _, v := range set.Variants() {
+		n, err := checkVariant(v, once)
+		switch {
+		case err == nil:
+			best = max(best, n)
+		case !errors.Is(err, errNobody):
+			return 0, err
+		case why == nil:
+			why = err
+		}
+	}
+	if best < 0 {
+		return 0, why
+	}
+	return best, nil
+}
+
+// checkVariant is checkKeys for some peers.
+func checkVariant(set *sshdconf.Settings, ignored func(*authkeys.LineError)) (int, error) {
 	if err := userAllowed(set, netip.IPv4Unspecified()); err != nil && len(set.AllowUsers) == 0 && len(set.DenyUsers) == 0 {
-		return 0, fmt.Errorf("nobody could log in: %w; change sshd_config", err)
+		return 0, fmt.Errorf("%w: %w; change sshd_config", errNobody, err)
 	}
 	keys, bad, err := readKeys(set)
 	for _, b := range bad {
-		warn("authorized_keys line ignored", "err", b)
+		ignored(b)
 	}
 	if err != nil {
 		return 0, fmt.Errorf("authorized_keys: %w", err)
@@ -255,8 +285,8 @@ func checkKeys(set *sshdconf.Settings, warn func(msg string, args ...any)) (int,
 		return 0, err
 	}
 	if len(keys) == 0 && set.TrustedUserCAKeys == "" {
-		return 0, fmt.Errorf("no usable key in %s (%d lines ignored): nobody could log in; put a public key there",
-			strings.Join(set.AuthorizedKeysFiles, " "), len(bad))
+		return 0, fmt.Errorf("no usable key in %s (%d lines ignored): %w; put a public key there",
+			strings.Join(set.AuthorizedKeysFiles, " "), len(bad), errNobody)
 	}
 	return len(keys), nil
 }
@@ -290,4 +320,13 @@ func peerAddr(a net.Addr) netip.Addr {
 		return t.AddrPort().Addr().Unmap()
 	}
 	return netip.Addr{}
+}
+
+// peerOf is a connection as Match blocks see it.
+func peerOf(nc net.Conn) sshdconf.Peer {
+	p := sshdconf.Peer{Addr: peerAddr(nc.RemoteAddr()), Local: peerAddr(nc.LocalAddr())}
+	if t, ok := nc.LocalAddr().(*net.TCPAddr); ok {
+		p.LocalPort = t.Port
+	}
+	return p
 }

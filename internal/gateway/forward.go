@@ -50,8 +50,8 @@ const unixPort = -1
 // permitForward says why sshd would not permit a forwarding (serverloop.c, channels.c). For
 // Unix sockets, too, it asks AllowTcpForwarding and the lists of permitted connections; a
 // list for listening never matters to them.
-func (s *server) permitForward(k *authkeys.Key, way, host string, port int) error {
-	set := s.set
+func (c *conn) permitForward(k *authkeys.Key, way, host string, port int) error {
+	set := c.set
 	switch {
 	case set.DisableForwarding:
 		return errors.New("DisableForwarding yes")

@@ -89,7 +89,7 @@ func (s *server) serveDirect(c *conn, sc *ssh.ServerConn, nc ssh.NewChannel) {
 		refuse(ssh.Prohibited, "this connection has not logged in")
 		return
 	}
-	if err := s.permitForward(l.key, localForward, t.host, t.port); err != nil {
+	if err := c.permitForward(l.key, localForward, t.host, t.port); err != nil {
 		refuse(ssh.Prohibited, err.Error())
 		return
 	}
@@ -134,7 +134,7 @@ func (f *forwards) dial(t target) (duplex, error) {
 		case <-ctx.Done():
 		}
 	}()
-	nc, err := new(net.Dialer).DialContext(ctx, tcpNetwork(f.c.srv.set), net.JoinHostPort(t.host, strconv.Itoa(t.port)))
+	nc, err := new(net.Dialer).DialContext(ctx, tcpNetwork(f.c.set), net.JoinHostPort(t.host, strconv.Itoa(t.port)))
 	if err != nil {
 		return nil, err
 	}

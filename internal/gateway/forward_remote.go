@@ -73,7 +73,7 @@ func (f *forwards) listenTCP(sc *ssh.ServerConn, l *login, req *ssh.Request) ([]
 		return nil, err
 	}
 	name := target{host, port}.String()
-	if err := f.c.srv.permitForward(l.key, remoteForward, host, port); err != nil {
+	if err := f.c.permitForward(l.key, remoteForward, host, port); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", name, err)
 	}
 	if port == 0 && !req.WantReply {
@@ -81,7 +81,7 @@ func (f *forwards) listenTCP(sc *ssh.ServerConn, l *login, req *ssh.Request) ([]
 	}
 	var ls []net.Listener
 	err = f.listen(sc, &forwarded{typ: "forwarded-tcpip"}, func(fw *forwarded) (err error) {
-		ls, err = listenOn(f.c.srv.set, host, port)
+		ls, err = listenOn(f.c.set, host, port)
 		if err != nil {
 			return fmt.Errorf("listen on %s: %w", name, err)
 		}
@@ -119,13 +119,12 @@ func (f *forwards) listenUnix(sc *ssh.ServerConn, l *login, req *ssh.Request) ([
 	if err != nil {
 		return nil, err
 	}
-	srv := f.c.srv
-	if err := srv.permitForward(l.key, remoteForward, path, unixPort); err != nil {
+	if err := f.c.permitForward(l.key, remoteForward, path, unixPort); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", short(path), err)
 	}
 	channel := ssh.Marshal(struct{ Path, Reserved string }{path, ""})
 	return nil, f.listen(sc, &forwarded{typ: "forwarded-streamlocal@openssh.com", name: path}, func(fw *forwarded) error {
-		l, err := srv.jail.Listen(path, srv.set.StreamLocalMask, srv.set.StreamLocalUnlink)
+		l, err := f.c.srv.jail.Listen(path, f.c.set.StreamLocalMask, f.c.set.StreamLocalUnlink)
 		if err != nil {
 			return fmt.Errorf("listen on %s: %w", short(path), err)
 		}

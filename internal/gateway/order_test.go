@@ -67,7 +67,7 @@ func (ended) Signal(unix.Signal) error       { return nil }
 func (p ended) Wait() jail.Exit              { return p.exit }
 
 func testConn(s *server) *conn {
-	c := &conn{srv: s, log: s.log, sessions: map[*session]struct{}{}}
+	c := &conn{srv: s, set: s.set, algs: s.algs, log: s.log, sessions: map[*session]struct{}{}}
 	c.forwards = &forwards{c: c}
 	return c
 }

@@ -146,8 +146,13 @@ func LoadSettings(cfg Config) (*sshdconf.Settings, error) {
 	if set.RecordDirectory == "" && (set.RecordCommands || len(set.RecordRedact) > 0) {
 		cfg.Log.Warn("nothing is recorded: RecordCommands and RecordRedact have no effect without RecordDirectory")
 	}
-	if err := checkPeers(set); err != nil {
-		return nil, err
+	for _, v := range set.Variants() {
+		if err := checkPeers(v); err != nil {
+			return nil, err
+		}
+		if _, err := chooseAlgorithms(v); err != nil {
+			return nil, err
+		}
 	}
 	if err := checkSFTP(set, cfg.Log); err != nil {
 		return nil, err

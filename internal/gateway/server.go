@@ -244,6 +244,8 @@ func (s *server) global(h func(*conn, *ssh.Request) bool) gssh.RequestHandler {
 type conn struct {
 	net.Conn
 	srv       *server
+	set       *sshdconf.Settings // for its two ends
+	algs      algorithms         // of set
 	log       *slog.Logger
 	id        uint64
 	ctx       gssh.Context // of the SSH library, once it has the connection
@@ -278,6 +280,13 @@ type conn struct {
 
 func newConn(s *server, nc net.Conn) *conn {
 	c := &conn{Conn: nc, srv: s, id: s.ids.Add(1), opened: time.Now(), gone: make(chan struct{}), sessions: map[*session]struct{}{}}
+	c.set, c.algs = s.set.For(peerOf(nc)), s.algs
+	if c.set != s.set {
+		var err error
+		if c.algs, err = chooseAlgorithms(c.set); err != nil { // each value was tried at the start
+			s.log.Error("algorithms", "err", err)
+		}
+	}
 	c.forwards = &forwards{c: c}
 	c.log = s.log.With("conn", c.id, "peer", nc.RemoteAddr().String())
 	c.mu.Lock()
@@ -343,8 +352,8 @@ func (c *conn) loggedIn(l *login, client string) {
 	c.mu.Unlock()
 	c.srv.seen.logins.Inc()
 	c.srv.authenticated(c)
-	if every := c.srv.set.ClientAliveInterval; every > 0 {
-		go c.keepAlive(every, c.srv.set.ClientAliveCountMax)
+	if every := c.set.ClientAliveInterval; every > 0 {
+		go c.keepAlive(every, c.set.ClientAliveCountMax)
 	}
 }
 
@@ -403,7 +412,7 @@ func (c *conn) acquire(ss *session) (ssh.RejectionReason, error) {
 	// delivers the two on separate ways: the session may be seen second.
 	case c.noMore && c.begun > 0:
 		return ssh.Prohibited, errors.New("the client asked for no more sessions on this connection")
-	case len(c.sessions) >= c.srv.set.MaxSessions:
+	case len(c.sessions) >= c.set.MaxSessions:
 		return ssh.ResourceShortage, fmt.Errorf("MaxSessions: this connection has %d sessions open", len(c.sessions))
 	}
 	c.sessions[ss] = struct{}{}

@@ -183,7 +183,7 @@ func (ss *session) requestPTY(payload []byte) error {
 		return errors.New("the session has a terminal already")
 	case !ss.login.key.PTY:
 		return errors.New("the key's options forbid a terminal")
-	case !ss.c.srv.set.PermitTTY:
+	case !ss.c.set.PermitTTY:
 		return errors.New("PermitTTY no")
 	}
 	tty, err := parsePTY(payload)
@@ -218,7 +218,7 @@ func (ss *session) requestEnv(payload []byte) error {
 	if len(ss.env) >= maxEnv || ss.envBytes+len(payload) > maxEnvBytes {
 		return errors.New("too many variables")
 	}
-	v, err := parseEnv(payload, ss.c.srv.set.AcceptEnv)
+	v, err := parseEnv(payload, ss.c.set.AcceptEnv)
 	if err != nil {
 		return err
 	}
@@ -258,7 +258,7 @@ func (ss *session) process() process {
 }
 
 func (ss *session) startSubsystem(name string) (func(), error) {
-	command, ok := ss.c.srv.subsystem(name)
+	command, ok := subsystem(ss.c.set, name)
 	if !ok {
 		return nil, fmt.Errorf("no subsystem %s", quoteShort(name))
 	}
@@ -270,7 +270,7 @@ func (ss *session) start(kind jail.Kind, command string) (func(), error) {
 	if ss.started {
 		return nil, errors.New("the session has a command already")
 	}
-	set := ss.c.srv.set
+	set := ss.c.set
 	req := jail.Request{Kind: kind, Command: command, TTY: ss.tty}
 	var original string
 	switch key := ss.login.key; {
@@ -290,7 +290,7 @@ func (ss *session) start(kind jail.Kind, command string) (func(), error) {
 // environment is what the session adds to the jail's own variables: what the client and its key ask for, and what the
 // server says, which is the stronger (SetEnv in sshd_config(5)).
 func (ss *session) environment(original string) (asked, set []string) {
-	conf := ss.c.srv.set
+	conf := ss.c.set
 	asked = slices.Clone(ss.env)
 	for _, e := range ss.login.key.Environment {
 		name, _, _ := strings.Cut(e, "=")
@@ -359,7 +359,7 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 		ss.pumps = []*pump{newPump(stdin, ss.out, ss.events)}
 		last := ss.c.srv.last.enter(time.Now(), peerAddr(ss.c.RemoteAddr()).String())
 		if ss.interactive {
-			ss.pumps[0].first = greeting(ss.c.srv.set, last, proc.Greeting())
+			ss.pumps[0].first = greeting(ss.c.set, last, proc.Greeting())
 		}
 	} else if req.Kind == jail.SFTP {
 		stdin = ours[0]

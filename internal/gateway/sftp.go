@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,8 +32,8 @@ func sftpArguments(command string) (args string, ok bool) {
 
 // subsystem returns the command of a subsystem. sftp is always the built-in server: one in the image is neither needed
 // nor wanted, because it may be missing or of another architecture.
-func (s *server) subsystem(name string) (string, bool) {
-	c, ok := s.set.Subsystems[name]
+func subsystem(set *sshdconf.Settings, name string) (string, bool) {
+	c, ok := set.Subsystems[name]
 	if name != "sftp" {
 		return c, ok
 	}
@@ -45,10 +46,15 @@ func (s *server) subsystem(name string) (string, bool) {
 
 // checkSFTP looks at the arguments of the SFTP server in sshd_config, before somebody depends on them.
 func checkSFTP(set *sshdconf.Settings, log *slog.Logger) error {
-	sftp, _ := (&server{set: set}).subsystem("sftp")
-	for _, c := range []struct{ keyword, command string }{{"Subsystem sftp", sftp}, {"ForceCommand", set.ForceCommand}} {
+	type line struct{ keyword, command string }
+	var lines []line
+	for _, v := range set.Variants() {
+		sftp, _ := subsystem(v, "sftp")
+		lines = append(lines, line{"Subsystem sftp", sftp}, line{"ForceCommand", v.ForceCommand})
+	}
+	for i, c := range lines {
 		args, ok := sftpArguments(c.command)
-		if !ok {
+		if !ok || slices.Contains(lines[:i], c) {
 			continue
 		}
 		_, ignored, err := sftpserver.ParseOptions(strings.Fields(args))

@@ -199,7 +199,7 @@ func (k *Key) value(name, v string) error {
 		if v == "" {
 			return errors.New("from= with an empty list")
 		}
-		if _, err := MatchAddress(netip.IPv4Unspecified(), v); err != nil {
+		if _, err := sshdconf.MatchAddress(netip.IPv4Unspecified(), v); err != nil {
 			return fmt.Errorf("option from: %w", err)
 		}
 		k.From = v
@@ -295,41 +295,10 @@ func (k *Key) Admits(addr netip.Addr, now time.Time) error {
 	if k.From == "" {
 		return nil
 	}
-	if ok, err := MatchAddress(addr, k.From); err != nil || !ok {
+	if ok, err := sshdconf.MatchAddress(addr, k.From); err != nil || !ok {
 		return fmt.Errorf("%s line %d: from= does not permit %s", k.File, k.Line, addr)
 	}
 	return nil
-}
-
-// MatchAddress is match_host_and_ip of match.c without names, which sshd does not look up
-// either unless UseDNS is set: a list of CIDR blocks and patterns on the address, ! before
-// those that must not match. A list that cannot be understood is an error.
-func MatchAddress(addr netip.Addr, list string) (bool, error) {
-	addr = addr.Unmap().WithZone("")
-	found := false
-	for p := range strings.SplitSeq(list, ",") {
-		pat, not := strings.CutPrefix(strings.TrimSpace(p), "!")
-		var hit bool
-		if strings.Contains(pat, "/") {
-			block, err := netip.ParsePrefix(pat)
-			if err != nil {
-				return false, err
-			}
-			if block != block.Masked() {
-				return false, fmt.Errorf("%s: host bits are set below the mask", pat)
-			}
-			hit = block.Contains(addr)
-		} else if a, err := netip.ParseAddr(pat); err == nil {
-			hit = a.Unmap() == addr
-		} else {
-			hit = sshdconf.MatchList(addr.String(), strings.ToLower(pat))
-		}
-		if hit && not {
-			return false, nil
-		}
-		found = found || hit
-	}
-	return found, nil
 }
 
 // Find returns the first line that holds pub and admits a peer at addr. When lines hold the

@@ -90,6 +90,8 @@ type Settings struct {
 	// Ignored are the keywords that were understood and have no effect here; Missed those of
 	// them that ask for something that this server does not do.
 	Ignored, Missed []string
+
+	rules []directive // all of them, when some hold for some peers only
 }
 
 func defaults() *Settings {
@@ -121,6 +123,8 @@ func defaults() *Settings {
 type keyword struct {
 	list  bool // several directives add up
 	match bool // may stand in a Match block
+	whole bool // but has one value for all connections
+	raw   bool // has one argument, the rest of the line as it is
 	// missed: without parse, and not to be passed over in silence unless it says no or none
 	missed bool
 	parse  func(args []string) (func(*Settings), error)
@@ -275,7 +279,7 @@ var keywords = map[string]keyword{
 	"addressfamily":   {parse: oneOf(func(s *Settings) *string { return &s.AddressFamily }, "any", "inet", "inet6")},
 	"hostkey":         {list: true, parse: onePath(func(s *Settings) *[]string { return &s.HostKeys })},
 	"hostcertificate": {list: true, parse: onePath(func(s *Settings) *[]string { return &s.HostCertificates })},
-	"loglevel": {match: true, parse: func(args []string) (func(*Settings), error) {
+	"loglevel": {match: true, whole: true, parse: func(args []string) (func(*Settings), error) {
 		a, err := one(args)
 		if err != nil {
 			return nil, err
@@ -330,14 +334,8 @@ var keywords = map[string]keyword{
 		}
 		return func(s *Settings) { s.SetEnv = args }, nil
 	}},
-	"forcecommand": {match: true, parse: func(args []string) (func(*Settings), error) {
-		c := strings.Join(args, " ")
-		if strings.EqualFold(c, "none") {
-			c = ""
-		}
-		return func(s *Settings) { s.ForceCommand = c }, nil
-	}},
-	"chrootdirectory": {match: true, parse: path(func(s *Settings) *string { return &s.ChrootDirectory })},
+	"forcecommand":    {match: true, raw: true, parse: path(func(s *Settings) *string { return &s.ForceCommand })},
+	"chrootdirectory": {match: true, whole: true, parse: path(func(s *Settings) *string { return &s.ChrootDirectory })},
 	"subsystem": {list: true, match: true, parse: func(args []string) (func(*Settings), error) {
 		if len(args) < 2 {
 			return nil, errors.New("missing subsystem command")

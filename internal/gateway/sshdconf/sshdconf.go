@@ -7,9 +7,9 @@
 //
 // It refuses, with file, line and keyword, what sshd refuses too: an unknown keyword, a
 // bad value, extra arguments, unbalanced quotes. A keyword of OpenSSH that has no meaning
-// for this server is accepted and reported in [Settings.Ignored] or [Settings.Missed]. Of Match it evaluates
-// all, user and group, because the only user is root; a block that depends on the peer or
-// the port is refused rather than half honoured.
+// for this server is accepted and reported in [Settings.Ignored] or [Settings.Missed]. Of Match it knows
+// all, user, group, invalid-user, address, localaddress and localport; a criterion that it cannot judge is refused, and so is
+// a keyword that has one value for all connections in a block that does not hold for all.
 package sshdconf
 
 import (
@@ -61,18 +61,19 @@ type directive struct {
 	kw    keyword
 	set   func(*Settings)
 	scope scope
+	block *block // that it stands in; nil: none
 }
 
 // Load reads the file at path after options, the `-o` arguments of the command line
 // ("Key=Value"), whose values therefore win. An empty path means no file.
 func Load(path string, options []string) (*Settings, error) {
-	p := &parser{active: true, scope: scopeCommand}
+	p := &parser{scope: scopeCommand}
 	for _, o := range options {
 		if err := p.line("command line", 0, o); err != nil {
 			return nil, err
 		}
 	}
-	if p.inMatch {
+	if p.block != nil {
 		return nil, &Error{File: "command line", Err: errors.New("Match is not possible in -o; put it into the configuration file")}
 	}
 	p.scope = scopeGlobal
@@ -87,7 +88,7 @@ func Load(path string, options []string) (*Settings, error) {
 // Parse reads the text of one file; name is used in errors. Include is relative to the
 // directory of name.
 func Parse(name string, text []byte) (*Settings, error) {
-	p := &parser{active: true, scope: scopeGlobal}
+	p := &parser{scope: scopeGlobal}
 	if err := p.text(name, text, 0); err != nil {
 		return nil, err
 	}
@@ -98,9 +99,9 @@ type parser struct {
 	directives []directive
 	ignored    []string
 	missed     []string
-	scope      scope // outside Match
-	inMatch    bool  // below a Match line
-	active     bool  // and its criteria hold
+	scope      scope  // outside Match
+	block      *block // below a Match line, else nil
+	outer      *block // that an included file stands in
 	depth      int
 }
 
@@ -169,35 +170,41 @@ func (p *parser) line(file string, n int, l string) error {
 	}
 	switch name {
 	case "match":
-		p.inMatch = true
-		if p.active, err = matches(args); err != nil {
+		if p.block, err = parseMatch(args, p.outer); err != nil {
 			return fail(err)
 		}
 		return nil
 	case "include":
 		return p.include(file, args)
 	}
-	if p.inMatch && !kw.match {
+	if p.block != nil && !kw.match {
 		return fail(fmt.Errorf("directive %s is not allowed within a Match block", word))
+	}
+	if kw.whole && p.block.conditional() {
+		return fail(fmt.Errorf("directive %s has one value for all connections here: put it outside of Match blocks for some peers", word))
 	}
 	if kw.parse == nil {
 		switch v := strings.ToLower(args[0]); {
-		case p.active && kw.missed && v != "no" && v != "none":
+		case p.block.never():
+		case kw.missed && v != "no" && v != "none":
 			p.missed = append(p.missed, word)
-		case p.active:
+		default:
 			p.ignored = append(p.ignored, word)
 		}
 		return nil
+	}
+	if kw.raw {
+		args = []string{rest}
 	}
 	set, err := kw.parse(args)
 	if err != nil {
 		return fail(fmt.Errorf("%s: %w", word, err))
 	}
-	if !p.active {
+	if p.block.never() {
 		return nil
 	}
-	d := directive{name: name, kw: kw, set: set, scope: p.scope}
-	if p.inMatch {
+	d := directive{name: name, kw: kw, set: set, scope: p.scope, block: p.block}
+	if p.block != nil {
 		d.scope = scopeMatch
 	}
 	p.directives = append(p.directives, d)
@@ -205,9 +212,11 @@ func (p *parser) line(file string, n int, l string) error {
 }
 
 // include reads the files that each pattern names, in lexical order. A Match inside an
-// included file ends with it, as in sshd.
+// included file ends with it, as in sshd, and holds only where the block around the Include does.
 func (p *parser) include(from string, patterns []string) error {
-	inMatch, active, depth := p.inMatch, p.active, p.depth
+	block, outer, depth := p.block, p.outer, p.depth
+	p.outer = block
+	defer func() { p.outer = outer }()
 	for _, pat := range patterns {
 		if !filepath.IsAbs(pat) {
 			pat = filepath.Join(filepath.Dir(from), pat)
@@ -220,25 +229,38 @@ func (p *parser) include(from string, patterns []string) error {
 			if err := p.file(f, depth+1); err != nil {
 				return err
 			}
-			p.inMatch, p.active, p.depth = inMatch, active, depth
+			p.block, p.depth = block, depth
 		}
 	}
 	return nil
 }
 
-// settings applies the directives in order of precedence: first value wins, Match first.
+// settings returns what holds for all peers, with the directives for some of them.
 func (p *parser) settings() *Settings {
-	s := defaults()
 	slices.SortStableFunc(p.directives, func(a, b directive) int { return int(a.scope) - int(b.scope) })
+	s := apply(p.directives, func(*block) bool { return false })
+	s.Ignored, s.Missed = p.ignored, p.missed
+	if slices.ContainsFunc(p.directives, func(d directive) bool { return d.block.conditional() }) {
+		s.rules = p.directives
+	}
+	return s
+}
+
+// apply applies the directives in order of precedence, where the first value wins, with those of the conditional blocks
+// that hold.
+func apply(directives []directive, holds func(*block) bool) *Settings {
+	s := defaults()
 	seen := map[string]scope{}
-	for _, d := range p.directives {
+	for _, d := range directives {
+		if d.block.conditional() && !holds(d.block) {
+			continue
+		}
 		if in, ok := seen[d.name]; ok && (!d.kw.list || in != d.scope) {
 			continue
 		}
 		seen[d.name] = d.scope
 		d.set(s)
 	}
-	s.Ignored, s.Missed = p.ignored, p.missed
 	return s
 }
 
@@ -301,76 +323,6 @@ func splitArgs(s string) ([]string, error) {
 		args = append(args, string(word))
 	}
 	return args, nil
-}
-
-// matches evaluates the criteria of a Match line for the one login there is, root.
-func matches(args []string) (bool, error) {
-	if strings.EqualFold(args[0], "all") {
-		if len(args) > 1 {
-			return false, errors.New("Match: 'all' cannot be combined with other attributes")
-		}
-		return true, nil
-	}
-	ok := true
-	for i := 0; i < len(args); i++ {
-		attr, val, joined := strings.Cut(args[i], "=")
-		if strings.EqualFold(attr, "all") {
-			return false, errors.New("Match: 'all' cannot be combined with other attributes")
-		}
-		if !joined {
-			if i++; i >= len(args) {
-				return false, fmt.Errorf("Match: missing value for %q", attr)
-			}
-			val = args[i]
-		}
-		switch strings.ToLower(attr) {
-		case "user", "group":
-			ok = ok && MatchList("root", val)
-		case "host", "localnetwork", "address", "localaddress", "localport", "rdomain", "invalid-user", "version", "command", "sessiontype":
-			return false, fmt.Errorf("Match: criterion %s is not supported by this server; use all, user or group, or from= in authorized_keys", attr)
-		default:
-			return false, fmt.Errorf("Match: unknown criterion %q", attr)
-		}
-	}
-	return ok, nil
-}
-
-// MatchList reports whether s matches a comma-separated list of patterns with * and ?,
-// where a matching pattern with a leading ! means no (match_pattern_list in match.c).
-func MatchList(s, list string) bool {
-	found := false
-	for p := range strings.SplitSeq(list, ",") {
-		neg, not := strings.CutPrefix(p, "!")
-		if !matchPattern(s, neg) {
-			continue
-		}
-		if not {
-			return false
-		}
-		found = true
-	}
-	return found
-}
-
-// matchPattern compares with the wildcards * and ? in linear space and at most quadratic
-// time; the recursive form of match.c is exponential.
-func matchPattern(s, p string) bool {
-	si, pi, star, mark := 0, 0, -1, 0
-	for si < len(s) {
-		switch {
-		case pi < len(p) && p[pi] == '*':
-			star, mark = pi, si
-			pi++
-		case pi < len(p) && (p[pi] == '?' || p[pi] == s[si]):
-			si, pi = si+1, pi+1
-		case star >= 0:
-			mark++
-			si, pi = mark, star+1
-		default:
-			return false
-		}
-	}
-	return strings.Trim(p[pi:], "*") == ""
 }
 
 func atoi(s string, lo, hi int) (int, error) {
