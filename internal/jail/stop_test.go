@@ -81,11 +81,6 @@ fork 0; touch started; sleep 1000`, inside)
 		var wg sync.WaitGroup
 		var exit Exit
 		wg.Go(func() { _, _, exit, _ = tryRun(j, Request{Kind: Exec, Command: script}) })
-		p, err := j.Spawn(Request{Kind: Shell, TTY: &TTY{Term: "dumb"}}) // ignores SIGTERM
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer p.PTY().Close()
 		eventually(t, "it has started", func() bool { return exists(filepath.Join(root, "tmp/started")) })
 		killed, err := j.Stop(t.Context(), 100*time.Millisecond)
 		if err != nil {
@@ -104,9 +99,6 @@ fork 0; touch started; sleep 1000`, inside)
 		if exit.Signal != unix.SIGKILL {
 			t.Errorf("the session ended with %+v", exit)
 		}
-		if e := p.Wait(); e.Signal != unix.SIGHUP {
-			t.Errorf("the login shell ended with %+v", e)
-		}
 		if _, err := j.Spawn(Request{Kind: Exec, Command: "true"}); !errors.Is(err, ErrStopped) {
 			t.Errorf("spawn after stop: %v", err)
 		}
@@ -116,6 +108,47 @@ fork 0; touch started; sleep 1000`, inside)
 		if err := j.Err(); err != nil {
 			t.Errorf("error after an orderly stop: %v", err)
 		}
+	})
+}
+
+// TestStopShell promises that a login shell, which ignores SIGTERM, is hung up within the grace, however slow the machine.
+func TestStopShell(t *testing.T) {
+	eachLevel(t, func(t *testing.T, level Level) {
+		root := newRoot(t)
+		j := startJail(t, Config{Root: root, Level: level})
+		p, err := j.Spawn(Request{Kind: Shell, TTY: &TTY{Term: "dumb"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.PTY().Close()
+		if _, err := p.PTY().Read(make([]byte, 1)); err != nil { // its prompt: it ignores signals by now
+			t.Fatal(err)
+		}
+		if killed, err := j.Stop(t.Context(), time.Minute); err != nil || len(killed) != 0 {
+			t.Errorf("stop: %v, %v", killed, err)
+		}
+		if e := p.Wait(); e.Signal != unix.SIGHUP {
+			t.Errorf("the login shell ended with %+v", e)
+		}
+		expectQuiet(t, root, level)
+	})
+}
+
+// TestStopInitStopped promises that Stop returns although init has been stopped, by whoever could signal it.
+func TestStopInitStopped(t *testing.T) {
+	eachLevel(t, func(t *testing.T, level Level) {
+		root := newRoot(t)
+		j := startJail(t, Config{Root: root, Level: level})
+		if _, err := j.Spawn(Request{Kind: Exec, Command: "sleep 1000"}); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Kill(j.proc.Pid, unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := j.Stop(t.Context(), time.Minute); err != nil {
+			t.Errorf("stop: %v", err)
+		}
+		expectQuiet(t, root, level)
 	})
 }
 
