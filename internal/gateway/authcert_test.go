@@ -172,6 +172,36 @@ func TestTrustedCA(t *testing.T) {
 	}
 }
 
+// TestRevocationList: RevokedKeys made by ssh-keygen -k, read anew at each login.
+func TestRevocationList(t *testing.T) {
+	k, ca := newKey(t), newKey(t)
+	dir := t.TempDir()
+	list, pub, spec := filepath.Join(dir, "krl"), filepath.Join(dir, "ca.pub"), filepath.Join(dir, "spec")
+	revoke := func(text string) {
+		t.Helper()
+		for path, text := range map[string]string{pub: ca.line("", ""), spec: text} {
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if out, err := exec.Command("ssh-keygen", "-q", "-k", "-f", list, "-s", pub, spec).CombinedOutput(); err != nil {
+			t.Fatalf("ssh-keygen: %v: %s", err, out)
+		}
+	}
+	revoke("serial: 7\n")
+	j := start(t, options{keys: ca.line("cert-authority", "the CA"), config: "RevokedKeys " + list})
+	cert := ca.issue(t, k, "-n", "root") // with the serial number 42
+	for _, tt := range []struct {
+		spec string
+		code int
+	}{{"serial: 1-41\n", 0}, {"serial: 40-50\n", 255}, {"id: another\n", 0}, {"id: the id\n", 255}, {"sha256: " + ca.line("", ""), 255}} {
+		revoke(tt.spec)
+		if _, code := j.login(k, cert, "true"); code != tt.code {
+			t.Errorf("%s: %d, want %d", tt.spec, code, tt.code)
+		}
+	}
+}
+
 // fidoKey is a FIDO key in software: what an authenticator would sign, with chosen flags.
 type fidoKey struct {
 	ssh.PublicKey

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/gateway/krl"
 )
 
 // A Certified is a user certificate (PROTOCOL.certkeys of OpenSSH) with the peer that shows it.
@@ -190,16 +192,18 @@ func splitOptions(s string) (options []string) {
 type Revoked struct {
 	name string
 	keys map[string]struct{}
+	list *krl.List // instead of keys, unless nil
 }
 
-// errKRL is for the binary form of ssh-keygen -k.
-var errKRL = errors.New("key revocation lists (ssh-keygen -k) are not supported: list the public keys, one a line")
-
-// ParseRevoked reads a list of public keys, one a line, and fails for any line that is none:
+// ParseRevoked reads a list of ssh-keygen -k, or one of public keys, one a line, and fails for what it does not understand:
 // a list that is half understood would let somebody in.
 func ParseRevoked(name string, text []byte) (*Revoked, error) {
-	if bytes.HasPrefix(text, []byte("SSHKRL\n\x00")) { // PROTOCOL.krl
-		return nil, fmt.Errorf("%s: %w", name, errKRL)
+	if bytes.HasPrefix(text, []byte(krl.Magic)) {
+		list, err := krl.Parse(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w; make it anew with ssh-keygen -k", name, err)
+		}
+		return &Revoked{name: name, list: list}, nil
 	}
 	keys, err := ParsePublic(name, text)
 	if err != nil {
@@ -214,6 +218,12 @@ func ParseRevoked(name string, text []byte) (*Revoked, error) {
 
 // Check fails when pub, the key in it or the CA of it is on the list.
 func (r *Revoked) Check(pub ssh.PublicKey) error {
+	if r.list != nil {
+		if err := r.list.Check(pub); err != nil {
+			return fmt.Errorf("%s: %w", r.name, err)
+		}
+		return nil
+	}
 	has := func(k ssh.PublicKey) bool { _, ok := r.keys[string(k.Marshal())]; return ok }
 	if has(plain(pub)) {
 		return fmt.Errorf("key %s is revoked by %s", ssh.FingerprintSHA256(plain(pub)), r.name)
