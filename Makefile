@@ -21,7 +21,7 @@ GOTESTFLAGS ?=
 EDITS ?= 400
 # How long each fuzz target runs: a count, because with a time go test now and then fails with "context
 # deadline exceeded" when the time ends during the minimizing of an input. For hours: FUZZTIME=1h
-FUZZTIME ?= 3000x
+FUZZTIME ?= 2000x
 
 # Packages whose tests jail processes and look at all others of the machine, for a way out of the jail or for
 # what was left behind: nobody else's tests may run at the same time.
@@ -64,7 +64,7 @@ test-integration: build ## Black-box tests of the built binaries with real clien
 	go test -count=1 -timeout 60m -run LayersEdits ./internal/squash -edits $(EDITS) || failed=1; \
 	wait $$other || failed=1; exit $$failed
 
-fuzz: deps-build ## Run each fuzz target for FUZZTIME (default 3000x)
+fuzz: deps-build ## Run each fuzz target for FUZZTIME (default 2000x)
 	@scripts/fuzz.sh $(FUZZTIME)
 
 bench: build ## Compare side by side with the tools a user would pick instead

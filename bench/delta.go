@@ -130,7 +130,7 @@ for i in $(seq %d); do head -c 1048576 /dev/urandom > src/$i; done
 // timePack packs three times and returns the medians, and the bytes of the image
 // that do not come from the base.
 func (d *deltaBench) timePack(ctx context.Context, base, tree string) (figures, int64, error) {
-	f, err := d.timePackings(ctx, tree, "--base", base, "--index", tree+".index", "--layout", "append")
+	f, err := d.timePackings(ctx, tree, "--base", base, "--index", tree+".index")
 	if err != nil {
 		return figures{}, 0, err
 	}

@@ -1,5 +1,5 @@
 #!/bin/bash
-# fuzz.sh TIME: run every fuzz target of the module for TIME (3000x inputs, or e.g. 10m), one after the other.
+# fuzz.sh TIME: run every fuzz target of the module for TIME (2000x inputs, or e.g. 10m), one after the other.
 set -euo pipefail
 time=$1
 grep -rlE '^func Fuzz[A-Za-z0-9_]*\(' --include='*_test.go' cmd internal | sort | while read -r file; do
