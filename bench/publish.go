@@ -20,14 +20,14 @@ import (
 )
 
 // publish compares what comes after the user's work when there is no image to take anything from, with the store behind
-// links of 100 Mb/s and 1 Gb/s and on this machine: our whole sequence beside its steps one after the other, packing by our own packer.
+// links of 100 Mb/s and 1 Gb/s and on this machine: our whole sequence beside our own tools one after the other.
 func publish(ctx context.Context, bin, image, work string) (list []comparison, done func(), err error) {
 	dir := filepath.Join(work, "publish")
 	if err := os.MkdirAll(filepath.Join(dir, "mnt/build"), 0o700); err != nil {
 		return nil, nil, err
 	}
-	tree := filepath.Join(dir, "mnt/build/image-root")
-	if out, err := exec.CommandContext(ctx, filepath.Join(bin, "sidecar"), "unpack", image, tree).CombinedOutput(); err != nil {
+	tree, sidecar := filepath.Join(dir, "mnt/build/image-root"), filepath.Join(bin, "sidecar")
+	if out, err := exec.CommandContext(ctx, sidecar, "unpack", image, tree).CombinedOutput(); err != nil {
 		return nil, nil, fmt.Errorf("%w\n%s", err, out)
 	}
 	s, err := serveStore(ctx, bin, dir)
@@ -66,13 +66,14 @@ func publish(ctx context.Context, bin, image, work string) (list []comparison, d
 			closers = append(closers, func() { l.Close() })
 			to = l.Addr().String()
 		}
+		env := append(s.environ(), "IMS_URL=http://"+api.Addr().String(), "IMS_JOB_ID="+uuid.NewString(), "IMAGE_ROOT_PARENT="+filepath.Join(dir, "mnt"),
+			"IMAGE_ROOT_ARCHIVE_NAME=bench", "S3_ENDPOINT=http://"+to, "S3_BUCKET=boot-images", "S3_SSL_VALIDATE=false")
 		c := comparison{
-			name: "publish over " + link.name + " vs our packer, md5sum, curl",
-			ours: side{argv: []string{filepath.Join(bin, "sidecar"), "package-and-upload"}, env: append(s.environ(),
-				"IMS_URL=http://"+api.Addr().String(), "IMS_JOB_ID="+uuid.NewString(), "IMAGE_ROOT_PARENT="+filepath.Join(dir, "mnt"),
-				"IMAGE_ROOT_ARCHIVE_NAME=bench", "S3_ENDPOINT=http://"+to, "S3_BUCKET=boot-images", "S3_SSL_VALIDATE=false")},
-			theirs: side{argv: []string{"bash", "-euc", `cd "$0"; "$3" pack "$1" legacy.sqsh >/dev/null
-` + sumAndPut, dir, tree, to, filepath.Join(bin, "sidecar")}, env: s.environ()},
+			name: "publish over " + link.name + " vs sidecar pack, then sidecar upload",
+			ours: side{argv: []string{sidecar, "package-and-upload"}, env: env},
+			theirs: side{argv: []string{"bash", "-euc", `cd "$0"; "$2" pack "$1" new.sqsh >/dev/null
+"$2" upload --name bench --rootfs new.sqsh --kernel "$(ls "$1"/boot/vmlinuz-* | head -n 1)" --initrd "$(ls "$1"/boot/initrd.img-* | head -n 1)" >/dev/null; rm new.sqsh`,
+				dir, tree, sidecar}, env: env},
 			goals: goals{speed: 1},
 		}
 		if link.bytesS > 0 && link.bytesS < gigabit {
@@ -82,13 +83,6 @@ func publish(ctx context.Context, bin, image, work string) (list []comparison, d
 	}
 	return list, done, nil
 }
-
-// sumAndPut is what the legacy containers do with legacy.sqsh and the boot files of the tree $1: the sums of all, then the
-// upload of all, to the store at $2.
-const sumAndPut = `kernel=$(ls "$1"/boot/vmlinuz-* | head -n 1); initrd=$(ls "$1"/boot/initrd.img-* | head -n 1)
-md5sum legacy.sqsh "$kernel" "$initrd" >/dev/null
-put() { curl -fsS -T "$1" -H 'x-amz-content-sha256: UNSIGNED-PAYLOAD' --aws-sigv4 aws:amz:us-east-1:s3 -u "$S3_ACCESS_KEY:$S3_SECRET_KEY" "http://$2/boot-images/legacy/$3"; }
-put legacy.sqsh "$2" rootfs; put "$kernel" "$2" kernel; put "$initrd" "$2" initrd; rm legacy.sqsh`
 
 // s3Server is imslocal's.
 type s3Server struct {

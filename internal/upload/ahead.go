@@ -17,7 +17,7 @@ import (
 // the second object costs the store, and both sides' processors, more than is won.
 const (
 	aheadLeast = 4        // parts of a body that must be there: few are sent as fast afterwards
-	aheadBelow = 50 << 20 // bytes per second of one request
+	aheadBelow = 16 << 20 // bytes per second of one request
 	aheadKnown = 1 << 20  // the shortest body that tells how fast requests are
 )
 
