@@ -262,7 +262,7 @@ func TestSentWhilePacking(t *testing.T) {
 	p := newPod(t)
 	p.meet(func(r *http.Request) {
 		if r.Method == http.MethodPut && strings.HasSuffix(r.URL.Path, "/kernel") {
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(200 * time.Millisecond)
 		}
 	})
 	if err := os.WriteFile(filepath.Join(p.cfg.RootDir, "boot/vmlinuz"), make([]byte, 2<<20), 0o644); err != nil {

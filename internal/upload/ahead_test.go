@@ -111,7 +111,7 @@ func TestSendAhead(t *testing.T) {
 			body := noise((5*tt.parts+7)*mib + 5)
 			g, p := &growing{}, NewPending()
 			boot := bytes.NewReader(noise(100))
-			if s.speed.note(1<<30, time.Now().Add(-time.Minute)); tt.fast {
+			if s.speed.note(aheadKnown, time.Now().Add(-time.Minute)); tt.fast {
 				s.speed.note(1<<50, time.Now())
 			}
 			done := make(chan error, 1)
