@@ -104,8 +104,8 @@ func (v *visits) note(ino *Inode) error {
 }
 
 // walk calls visit for every name but the root's, which must not keep what it is
-// given. Errors of the image itself
-// name the path; visit's are passed on as they are.
+// given. Errors of the image itself name the path; visit's are passed on as they
+// are.
 func (w *walker) walk(ctx context.Context, visit func(*treeName) error) error {
 	return guard(ctx, func(ctx context.Context) error { return w.walkTree(ctx, visit) })
 }

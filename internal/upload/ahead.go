@@ -69,9 +69,10 @@ func (s *S3) SendAhead(ctx context.Context, key string, body io.ReaderAt, p *Pen
 		}
 		return nil
 	}
-	base := &Base{Key: key, Size: t.o.Size, ahead: true}
+	base := &Base{Key: key, ahead: true}
 	for _, done := range t.inOrder() {
-		base.Same = append(base.Same, Range{From: base.sent(), To: from + done.off, N: done.n})
+		base.Same = append(base.Same, Range{From: base.Size, To: from + done.off, N: done.n})
+		base.Size += done.n
 	}
 	s.log.Info("sent before it is whole", "object", s.URL(key), "bytes", base.Size, "ms", time.Since(began).Milliseconds())
 	return base
@@ -85,14 +86,6 @@ func (t *transfer) discard(ctx context.Context) {
 	if err := t.s.Delete(ctx, t.o.Key); err != nil {
 		t.s.log.Warn("an object that may exist could not be deleted", "object", t.s.URL(t.o.Key), "error", err)
 	}
-}
-
-// sent is how many bytes its ranges have.
-func (b *Base) sent() (n int64) {
-	for _, r := range b.Same {
-		n += r.N
-	}
-	return n
 }
 
 // sendAhead makes one multipart upload of what it can send before p is whole.
