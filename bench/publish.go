@@ -12,11 +12,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/google/uuid"
-	"golang.org/x/sync/errgroup"
 )
 
 // publish compares what comes after the user's work when there is no image to take anything from, with the store behind
@@ -117,20 +117,29 @@ func serveStore(ctx context.Context, bin, dir string) (*s3Server, error) {
 		cmd.Wait()
 	}
 	for range 100 {
-		var b []byte
-		if b, err = os.ReadFile(filepath.Join(data, "s3-credentials")); err == nil {
-			if err = json.Unmarshal(b, &s.keys); err == nil {
-				var c net.Conn
-				if c, err = net.Dial("tcp", s.address); err == nil {
-					c.Close()
-					return s, nil
-				}
-			}
+		if err = s.connect(filepath.Join(data, "s3-credentials")); err == nil {
+			return s, nil
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
 	s.stop()
 	return nil, fmt.Errorf("imslocal's store does not answer: %w", err)
+}
+
+// connect reads the keys and tries whether somebody listens.
+func (s *s3Server) connect(credentials string) error {
+	b, err := os.ReadFile(credentials)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, &s.keys); err != nil {
+		return err
+	}
+	c, err := net.Dial("tcp", s.address)
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // nod answers every call of the API with a new record.
@@ -153,15 +162,14 @@ func forward(l net.Listener, to string, ln *line) {
 				return
 			}
 			defer s.Close()
-			var g errgroup.Group
+			var both sync.WaitGroup
 			for _, way := range [][2]*net.TCPConn{{c.(*net.TCPConn), s.(*net.TCPConn)}, {s.(*net.TCPConn), c.(*net.TCPConn)}} {
-				g.Go(func() error {
-					_, err := io.Copy(lineConn{way[1], ln}, onlyReader{way[0]})
+				both.Go(func() {
+					io.Copy(lineConn{way[1], ln}, onlyReader{way[0]}) // a broken transfer shows at both ends
 					way[1].CloseWrite()
-					return err
 				})
 			}
-			g.Wait()
+			both.Wait()
 		}()
 	}
 }
