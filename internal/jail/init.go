@@ -91,6 +91,7 @@ type supervisor struct {
 	// onMain hands work to the main thread, the only one whose bounding set is cut: capabilities belong to threads.
 	onMain chan func()
 
+	reaping  sync.Mutex // held until the gateway has been told of all that was reaped; taken before mu
 	mu       sync.Mutex // held from before a fork until the pid is registered, and while reaping
 	running  map[int]child
 	pids     map[uint32]int
@@ -370,8 +371,11 @@ func (s *supervisor) isStopping() bool {
 }
 
 // reapNow collects what has ended and reports whether init has no child at all any more. Since orphans become its
-// children, that proves that nothing is left of the jail, however short-lived: a look at /proc does not.
+// children, that proves that nothing is left of the jail, however short-lived: a look at /proc does not. By then the
+// gateway has been told of every end, whoever reaped it: once the jail counts as stopped it listens no more.
 func (s *supervisor) reapNow() (childless bool) {
+	s.reaping.Lock()
+	defer s.reaping.Unlock()
 	type end struct {
 		id uint32
 		ws unix.WaitStatus

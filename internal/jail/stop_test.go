@@ -134,6 +134,31 @@ func TestStopShell(t *testing.T) {
 	})
 }
 
+// TestStopTells promises that every session learns what ended it, however many end in the moment of Stop.
+func TestStopTells(t *testing.T) {
+	eachLevel(t, func(t *testing.T, level Level) {
+		for range 2 {
+			j := startJail(t, Config{Root: newRoot(t), Level: level})
+			var all []*Process
+			for range 100 {
+				p, err := j.Spawn(Request{Kind: Exec, Command: "exec sleep 1000"})
+				if err != nil {
+					t.Fatal(err)
+				}
+				all = append(all, p)
+			}
+			if _, err := j.Stop(t.Context(), 0); err != nil {
+				t.Fatal(err)
+			}
+			for i, p := range all {
+				if e := p.Wait(); e.Signal != unix.SIGKILL && e.Signal != unix.SIGTERM {
+					t.Errorf("session %d ended with %+v", i, e)
+				}
+			}
+		}
+	})
+}
+
 // TestStopInitStopped promises that Stop returns although init has been stopped, by whoever could signal it.
 func TestStopInitStopped(t *testing.T) {
 	eachLevel(t, func(t *testing.T, level Level) {
