@@ -200,10 +200,9 @@ func awaitEvent(ctx context.Context, cmd *exec.Cmd, events string, want *regexp.
 
 // sumAndPut is what the legacy containers do with legacy.sqsh and the boot files of the tree $1: the sums of all, then the
 // upload of all, to the store at $2.
-const sumAndPut = `kernel=$(ls "$1"/boot/vmlinuz-* | head -n 1); initrd=$(ls "$1"/boot/initrd.img-* | head -n 1)
-md5sum legacy.sqsh "$kernel" "$initrd" >/dev/null
+const sumAndPut = `md5sum legacy.sqsh "$1/boot/vmlinuz" "$1/boot/initrd" >/dev/null
 put() { curl -fsS -T "$1" -H 'x-amz-content-sha256: UNSIGNED-PAYLOAD' --aws-sigv4 aws:amz:us-east-1:s3 -u "$S3_ACCESS_KEY:$S3_SECRET_KEY" "http://$2/boot-images/legacy/$3"; }
-put legacy.sqsh "$2" rootfs; put "$kernel" "$2" kernel; put "$initrd" "$2" initrd; rm legacy.sqsh`
+put legacy.sqsh "$2" rootfs; put "$1/boot/vmlinuz" "$2" kernel; put "$1/boot/initrd" "$2" initrd; rm legacy.sqsh`
 
 // legacy does with the tree of the new image what the legacy containers do: pack, then make the sums, then upload.
 func (j jobBench) legacy(ctx context.Context) (time.Duration, error) {

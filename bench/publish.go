@@ -72,7 +72,7 @@ func publish(ctx context.Context, bin, image, work string) (list []comparison, d
 			name: "publish over " + link.name + " vs sidecar pack, then sidecar upload",
 			ours: side{argv: []string{sidecar, "package-and-upload"}, env: env},
 			theirs: side{argv: []string{"bash", "-euc", `cd "$0"; "$2" pack "$1" new.sqsh >/dev/null
-"$2" upload --name bench --rootfs new.sqsh --kernel "$(ls "$1"/boot/vmlinuz-* | head -n 1)" --initrd "$(ls "$1"/boot/initrd.img-* | head -n 1)" >/dev/null; rm new.sqsh`,
+"$2" upload --name bench --rootfs new.sqsh --kernel "$1/boot/vmlinuz" --initrd "$1/boot/initrd" >/dev/null; rm new.sqsh`,
 				dir, tree, sidecar}, env: env},
 			goals: goals{speed: 1},
 		}
