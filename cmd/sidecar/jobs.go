@@ -14,6 +14,7 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
 	"github.com/ims-buildenv/ims-buildenv/internal/job"
 	"github.com/ims-buildenv/ims-buildenv/internal/prepare"
+	"github.com/ims-buildenv/ims-buildenv/internal/upload"
 )
 
 // packageCommand is the legacy script package_and_upload.sh, which no user
@@ -110,17 +111,38 @@ func newPackage() *cobra.Command {
 
 func newUpload() *cobra.Command {
 	var req job.UploadRequest
+	var prefix string
+	var labels map[string]string
 	c := &cobra.Command{
-		Use:   "upload --name NAME --rootfs FILE",
+		Use:   "upload {--name NAME | --prefix PREFIX} --rootfs FILE",
 		Short: "Upload and register an image that exists already",
 		Long: `upload creates an IMS image record, uploads the files and a manifest to S3, and
 links them. It prints the result as JSON. On failure neither objects nor record
-are left. It needs the S3_… variables and, for IMS, IMS_URL and OAUTH_CONFIG_DIR.`,
-		Example: `  sidecar upload --name debian-12 --rootfs image.sqsh --kernel vmlinuz --initrd initrd.img`,
-		Args:    cobra.NoArgs,
-		PreRunE: func(*cobra.Command, []string) error {
-			if req.Name == "" || req.Rootfs == "" {
-				return errors.New("upload: --name and --rootfs must not be empty")
+are left. It needs the S3_… variables and, for IMS, IMS_URL and OAUTH_CONFIG_DIR.
+
+With --prefix it has nothing to do with IMS, for boot services that take images
+from a place in S3: the objects become PREFIX/rootfs, PREFIX/kernel,
+PREFIX/initrd, PREFIX/boot_parameters and PREFIX/manifest.json, and each --label
+metadata (x-amz-meta-KEY) of the artifacts. Nothing may exist below PREFIX.`,
+		Example: `  sidecar upload --name debian-12 --rootfs image.sqsh --kernel vmlinuz --initrd initrd.img
+  sidecar upload --prefix compute/debian/12.11 --label tag=12.11 --rootfs image.sqsh --kernel vmlinuz --initrd initrd.img`,
+		Args: cobra.NoArgs,
+		PreRunE: func(c *cobra.Command, _ []string) error {
+			if (req.Name == "") == (prefix == "") || req.Rootfs == "" {
+				return errors.New("upload: --rootfs and either --name or --prefix must be given")
+			}
+			if prefix == "" && len(labels) > 0 || prefix != "" && (c.Flags().Changed("job") || c.Flags().Changed("arch")) {
+				return errors.New("upload: --label goes with --prefix, and --job and --arch with --name")
+			}
+			if prefix != "" {
+				if err := upload.CheckPrefix(prefix); err != nil {
+					return fmt.Errorf("upload: %w", err)
+				}
+			}
+			for key := range labels {
+				if err := upload.CheckMetadataKey(key); err != nil {
+					return fmt.Errorf("upload: --label: %w", err)
+				}
 			}
 			if req.Arch != config.ArchX86 && req.Arch != config.ArchARM {
 				return fmt.Errorf("upload: --arch %q: must be %s or %s", req.Arch, config.ArchX86, config.ArchARM)
@@ -132,11 +154,16 @@ are left. It needs the S3_… variables and, for IMS, IMS_URL and OAUTH_CONFIG_D
 			if err != nil {
 				return err
 			}
+			if prefix != "" {
+				return ended(job.UploadPlain(cmd.Context(), cfg, deps(cfg), prefix, labels, req))
+			}
 			return ended(job.Upload(cmd.Context(), cfg, deps(cfg), req))
 		}),
 	}
 	f := c.Flags()
 	f.StringVar(&req.Name, "name", "", "name of the new image")
+	f.StringVar(&prefix, "prefix", "", "where in the bucket the objects go, without IMS")
+	f.StringToStringVar(&labels, "label", nil, "KEY=VALUE, metadata of the objects; may be repeated")
 	f.StringVar(&req.JobID, "job", "", "job to tell the image's id")
 	f.StringVar(&req.Rootfs, "rootfs", "", "SquashFS image")
 	f.StringVar(&req.Kernel, "kernel", "", "kernel")

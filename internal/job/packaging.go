@@ -202,7 +202,7 @@ func (r *run) publish(ctx context.Context, name string, files []upload.Artifact)
 	r.log.Info("image record created", "image", image.ID)
 	var bar *progress.P
 	res, err := upload.Publish(ctx, r.store, upload.Request{
-		ImageID: image.ID, ImageName: name, JobID: r.cfg.JobID, Artifacts: files, Log: r.log,
+		Prefix: image.ID, Metadata: upload.ImageMetadata(image.ID, name, r.cfg.JobID), Artifacts: files, Log: r.log,
 		Progress: func(kind upload.Kind, done, total int64) {
 			if kind != upload.Rootfs {
 				return // goes on beside the packing, which has a bar of its own

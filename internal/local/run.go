@@ -253,7 +253,7 @@ func (r *run) register(ctx context.Context) (id string, err error) {
 	}
 	var bar *progress.P
 	result, err := upload.Publish(ctx, r.store, upload.Request{
-		ImageID: image.ID, ImageName: image.Name, Artifacts: r.in.artifacts, Log: r.Log,
+		Prefix: image.ID, Metadata: upload.ImageMetadata(image.ID, image.Name, ""), Artifacts: r.in.artifacts, Log: r.Log,
 		Progress: func(kind upload.Kind, done, total int64) {
 			if kind != upload.Rootfs {
 				return

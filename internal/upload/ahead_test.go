@@ -118,7 +118,7 @@ func TestSendAhead(t *testing.T) {
 			var res Result
 			go func() {
 				var err error
-				res, err = Publish(t.Context(), s, Request{ImageID: imageID, ImageName: "n", Log: s.log, Artifacts: []Artifact{
+				res, err = Publish(t.Context(), s, Request{Prefix: imageID, Log: s.log, Artifacts: []Artifact{
 					{Kind: Rootfs, Body: g, Pending: p}, {Kind: Kernel, Body: boot, Size: boot.Size()}}})
 				done <- err
 			}()
@@ -181,7 +181,7 @@ func TestSendAheadEnds(t *testing.T) {
 			body := bytes.NewReader(noise(30 * mib))
 			done := make(chan error, 1)
 			go func() {
-				_, err := Publish(ctx, s, Request{ImageID: imageID, Artifacts: []Artifact{{Kind: Rootfs, Body: io.NewSectionReader(body, 0, 30*mib), Pending: p}}})
+				_, err := Publish(ctx, s, Request{Prefix: imageID, Artifacts: []Artifact{{Kind: Rootfs, Body: io.NewSectionReader(body, 0, 30*mib), Pending: p}}})
 				done <- err
 			}()
 			p.Grown(0, 29*mib)

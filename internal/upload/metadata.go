@@ -17,6 +17,29 @@ import (
 // metadata together; versitygw refuses more with a 400.
 const maxMetadata = 2 << 10
 
+// ImageMetadata is what IMS wants to read on an image's objects. name may be any
+// text; jobID is "" when no job is involved.
+func ImageMetadata(id, name, jobID string) map[string]string {
+	meta := map[string]string{"x-shasta-ims-image-id": id}
+	if name != "" {
+		meta["x-shasta-ims-image-name"] = shortened(name)
+	}
+	if jobID != "" {
+		meta["x-shasta-ims-job-id"] = jobID
+	}
+	return meta
+}
+
+// CheckMetadataKey refuses what is no header name to every store, and what Put
+// itself writes.
+func CheckMetadataKey(key string) error {
+	const allowed = "abcdefghijklmnopqrstuvwxyz0123456789-"
+	if strings.Trim(key, allowed) != "" || key == "" || key == "md5sum" {
+		return fmt.Errorf("metadata key %q: must be of small letters, digits and dashes, and not md5sum", key)
+	}
+	return nil
+}
+
 // encodeMetadata makes metadata fit for HTTP headers and adds the digest.
 func encodeMetadata(meta map[string]string, md5sum string) (map[string]string, error) {
 	out := map[string]string{"md5sum": md5sum}

@@ -10,13 +10,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
-	"github.com/google/uuid"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -69,9 +71,8 @@ type Artifact struct {
 
 // Request is an image to publish.
 type Request struct {
-	ImageID   string // UUID; every object goes below "<ImageID>/"
-	ImageName string // any text
-	JobID     string // "" when no job is involved
+	Prefix    string            // what the objects' keys begin with, without the slash behind it: "<image id>" for IMS
+	Metadata  map[string]string // of each artifact's object, see Put
 	Artifacts []Artifact
 	Progress  func(kind Kind, done, total int64) // nil for none; not called concurrently
 	Log       *slog.Logger                       // nil: silent
@@ -105,8 +106,8 @@ type Result struct {
 }
 
 // Publish uploads an image's artifacts and then its manifest. On error nothing
-// is left below "<ImageID>/"; what could not be removed is logged, and the
-// returned error stays the original one.
+// is left below the prefix, which therefore must be the image's own; what could
+// not be removed is logged, and the returned error stays the original one.
 func Publish(ctx context.Context, store Store, r Request) (res Result, err error) {
 	if err := r.check(); err != nil {
 		return Result{}, err
@@ -117,11 +118,11 @@ func Publish(ctx context.Context, store Store, r Request) (res Result, err error
 		}
 		ctx, cancel := afterwards(ctx)
 		defer cancel()
-		if rerr := Remove(ctx, store, r.ImageID); rerr != nil && r.Log != nil {
-			r.Log.Error("objects of a failed upload could not be removed; delete them by hand", "below", store.URL(r.ImageID+"/"), "error", rerr)
+		if rerr := Remove(ctx, store, r.Prefix); rerr != nil && r.Log != nil {
+			r.Log.Error("objects of a failed upload could not be removed; delete them by hand", "below", store.URL(r.Prefix+"/"), "error", rerr)
 		}
 	}()
-	if err := store.AbortUploads(ctx, r.ImageID+"/"); err != nil && !mayNotList(err) {
+	if err := store.AbortUploads(ctx, r.Prefix+"/"); err != nil && !mayNotList(err) {
 		return Result{}, err
 	}
 	artifacts := slices.Clone(r.Artifacts)
@@ -144,21 +145,32 @@ func Publish(ctx context.Context, store Store, r Request) (res Result, err error
 	return res, nil
 }
 
+// maxPrefix leaves room in a key, which may have 1,024 bytes, for the names below it.
+const maxPrefix = 1000
+
+// CheckPrefix refuses prefixes of keys that some store, or a URL, would take for others.
+func CheckPrefix(prefix string) error {
+	if !fs.ValidPath(prefix) || prefix == "." || len(prefix) > maxPrefix || strings.ContainsFunc(prefix, unicode.IsControl) || strings.Contains(prefix, `\\`) {
+		return fmt.Errorf("key prefix %q: must be names with slashes between them, not . or .., of %d bytes at most", prefix, maxPrefix)
+	}
+	return nil
+}
+
 func (r Request) check() error {
-	if uuid.Validate(r.ImageID) != nil {
-		return fmt.Errorf("publish image: id %q is not a UUID", r.ImageID)
+	if err := CheckPrefix(r.Prefix); err != nil {
+		return err
 	}
 	rootfs := 0
 	for _, a := range r.Artifacts {
 		if !slices.Contains(order, a.Kind) {
-			return fmt.Errorf("publish image %s: unknown artifact %q", r.ImageID, a.Kind)
+			return fmt.Errorf("publish image %s: unknown artifact %q", r.Prefix, a.Kind)
 		}
 		if a.Kind == Rootfs {
 			rootfs++
 		}
 	}
 	if rootfs != 1 {
-		return fmt.Errorf("publish image %s: %d root file systems, IMS wants exactly one", r.ImageID, rootfs)
+		return fmt.Errorf("publish image %s: %d root file systems, IMS wants exactly one", r.Prefix, rootfs)
 	}
 	return nil
 }
@@ -170,11 +182,7 @@ func (r Request) putAll(ctx context.Context, store Store, artifacts []Artifact) 
 	var progress sync.Mutex
 	g, ctx := errgroup.WithContext(ctx)
 	put := func(ctx context.Context, i int) (err error) {
-		entries[i], err = r.put(ctx, store, artifacts[i], map[string]string{
-			"x-shasta-ims-image-name": shortened(r.ImageName),
-			"x-shasta-ims-image-id":   r.ImageID,
-			"x-shasta-ims-job-id":     r.JobID,
-		}, &progress)
+		entries[i], err = r.put(ctx, store, artifacts[i], r.Metadata, &progress)
 		return err
 	}
 	g.Go(func() error { return guard(func() error { return put(ctx, 0) }) })
@@ -202,7 +210,7 @@ func guard(do func() error) (err error) {
 }
 
 func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[string]string, progress *sync.Mutex) (Entry, error) {
-	key := r.ImageID + "/" + string(a.Kind)
+	key := r.Prefix + "/" + string(a.Kind)
 	o := Object{Key: key, Body: a.Body}
 	sentAhead := func() *Base { return nil }
 	if a.Pending != nil {
@@ -217,11 +225,6 @@ func (r Request) put(ctx context.Context, store Store, a Artifact, meta map[stri
 	sum, err := md5Of(ctx, a.Body, a.Size)
 	if err != nil {
 		return Entry{}, fmt.Errorf("read the %s to upload: %w", a.Kind, err)
-	}
-	for k, v := range meta {
-		if v == "" {
-			delete(meta, k)
-		}
 	}
 	o.Size, o.MD5, o.Metadata = a.Size, sum, meta
 	for _, b := range []*Base{a.Base, sentAhead()} {
@@ -258,7 +261,7 @@ func (r Request) sendAhead(ctx context.Context, store Store, a Artifact) (wait f
 	go func() {
 		var b *Base
 		err := guard(func() error {
-			b = store.SendAhead(ctx, r.ImageID+"/"+string(ahead), a.Body, a.Pending)
+			b = store.SendAhead(ctx, r.Prefix+"/"+string(ahead), a.Body, a.Pending)
 			return nil
 		})
 		if err != nil && r.Log != nil {
@@ -279,11 +282,11 @@ func encodeManifest(entries []Entry, now time.Time) ([]byte, error) {
 
 // Remove takes everything of an image out of the store: unfinished uploads and
 // objects. It goes on after errors and returns them all.
-func Remove(ctx context.Context, store Store, imageID string) error {
-	if uuid.Validate(imageID) != nil {
-		return fmt.Errorf("remove image objects: id %q is not a UUID", imageID)
+func Remove(ctx context.Context, store Store, prefix string) error {
+	if err := CheckPrefix(prefix); err != nil {
+		return fmt.Errorf("remove image objects: %w", err)
 	}
-	prefix := imageID + "/"
+	prefix += "/"
 	var errs []error
 	if err := store.AbortUploads(ctx, prefix); err != nil && !mayNotList(err) {
 		errs = append(errs, err)

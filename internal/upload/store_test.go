@@ -229,13 +229,16 @@ func TestNewS3Refuses(t *testing.T) {
 	}
 }
 
-const imageID = "7c5fc51c-fc1d-4d2e-8c42-7c903f1ec20d"
+const (
+	imageID = "7c5fc51c-fc1d-4d2e-8c42-7c903f1ec20d"
+	jobID   = "221ce1dc-1886-460d-86d1-53ecd2260b73"
+)
 
 func request(rootfs []byte) Request {
 	art := func(k Kind, b []byte) Artifact {
 		return Artifact{Kind: k, Body: bytes.NewReader(b), Size: int64(len(b))}
 	}
-	return Request{ImageID: imageID, ImageName: "übung", JobID: "221ce1dc-1886-460d-86d1-53ecd2260b73", Artifacts: []Artifact{
+	return Request{Prefix: imageID, Metadata: ImageMetadata(imageID, "übung", jobID), Artifacts: []Artifact{
 		art(Initrd, []byte("initrd")), art(Kernel, []byte("kernel")), art(Rootfs, rootfs), art(BootParameters, []byte("quiet")),
 	}}
 }
@@ -280,7 +283,7 @@ func TestPublish(t *testing.T) {
 		t.Errorf("manifest:\n%s", body)
 	}
 	head, err := s.Head(t.Context(), imageID+"/kernel")
-	if err != nil || head.Metadata["x-shasta-ims-image-id"] != imageID || head.Metadata["x-shasta-ims-job-id"] != request(nil).JobID {
+	if err != nil || head.Metadata["x-shasta-ims-image-id"] != imageID || head.Metadata["x-shasta-ims-job-id"] != jobID {
 		t.Errorf("kernel metadata %v, %v", head.Metadata, err)
 	}
 	if err := Remove(t.Context(), s, imageID); err != nil {
@@ -306,8 +309,11 @@ func TestPublishRefuses(t *testing.T) {
 	for name, change := range map[string]func(*Request){
 		"no rootfs":   func(r *Request) { r.Artifacts = r.Artifacts[:2] },
 		"two rootfs":  func(r *Request) { r.Artifacts = append(r.Artifacts, r.Artifacts[2]) },
-		"id with ..":  func(r *Request) { r.ImageID = ".." },
-		"empty id":    func(r *Request) { r.ImageID = "" },
+		"up":          func(r *Request) { r.Prefix = ".." },
+		"nowhere":     func(r *Request) { r.Prefix = "" },
+		"everywhere":  func(r *Request) { r.Prefix = "." },
+		"a slash":     func(r *Request) { r.Prefix = imageID + "/" },
+		"an escape":   func(r *Request) { r.Prefix = "a\x1bb" },
 		"unknown one": func(r *Request) { r.Artifacts[0].Kind = "../x" },
 	} {
 		r := request([]byte("x"))

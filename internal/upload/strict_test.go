@@ -332,7 +332,7 @@ func TestMetadata(t *testing.T) {
 				t.Errorf("%q holds %q", enc, r)
 			}
 		}
-		got, err := encodeMetadata(map[string]string{"x-shasta-ims-image-name": shortened(name), "x-shasta-ims-image-id": imageID, "x-shasta-ims-job-id": imageID}, strings.Repeat("0", 32))
+		got, err := encodeMetadata(ImageMetadata(imageID, name, jobID), strings.Repeat("0", 32))
 		if err != nil {
 			t.Errorf("%.20q: %v (%d)", name, err, len(got))
 		}
