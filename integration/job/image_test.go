@@ -123,7 +123,7 @@ func (w *world) publish(t *testing.T, name, file string) image {
 	artifact := func(kind upload.Kind, b []byte) upload.Artifact {
 		return upload.Artifact{Kind: kind, Body: bytes.NewReader(b), Size: int64(len(b))}
 	}
-	result, err := upload.Publish(t.Context(), w.store, upload.Request{ImageID: record.ID, ImageName: name, Artifacts: []upload.Artifact{
+	result, err := upload.Publish(t.Context(), w.store, upload.Request{Prefix: record.ID, Metadata: upload.ImageMetadata(record.ID, name, ""), Artifacts: []upload.Artifact{
 		artifact(upload.Rootfs, b), artifact(upload.Kernel, []byte(kernelText)), artifact(upload.Initrd, []byte(initrdText)),
 	}})
 	if err != nil {

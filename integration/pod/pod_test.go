@@ -233,7 +233,7 @@ func (w *world) register() (image ims.Image, md5, url string) {
 		}
 		artifacts = append(artifacts, upload.Artifact{Kind: kind, Body: f, Size: st.Size()})
 	}
-	result, err := upload.Publish(ctx, w.store, upload.Request{ImageID: image.ID, ImageName: "base", Artifacts: artifacts})
+	result, err := upload.Publish(ctx, w.store, upload.Request{Prefix: image.ID, Metadata: upload.ImageMetadata(image.ID, "base", ""), Artifacts: artifacts})
 	if err != nil {
 		w.t.Fatal(err)
 	}
