@@ -4,7 +4,7 @@ package squash
 
 import (
 	"container/heap"
-	"errors"
+	"encoding/binary"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -32,12 +32,29 @@ type nameList struct {
 
 // read reads the directory open at fd.
 func (r *nameReader) read(fd int) (*nameList, error) {
+	buf := make([]byte, 32<<10)
+	return r.list(func(names []string) (_ []string, bytes int, err error) {
+		err = ignoringEINTR(func() (err error) {
+			bytes, err = unix.ReadDirent(fd, buf)
+			return err
+		})
+		if err != nil {
+			return names, 0, err
+		}
+		_, _, names = unix.ParseDirent(buf[:bytes], -1, names)
+		return names, bytes, nil
+	})
+}
+
+// list sorts the names that more adds, which says how many bytes they are; none
+// follow when they are none.
+func (r *nameReader) list(more func(names []string) (_ []string, bytes int, err error)) (*nameList, error) {
 	l := &nameList{of: r, from: r.runs.size()}
 	var ends []int64 // of runs
 	spill := func() error {
 		slices.Sort(l.names)
 		for _, name := range l.names {
-			if err := r.runs.write(append([]byte{byte(len(name))}, name...)); err != nil {
+			if err := r.runs.write(append(binary.LittleEndian.AppendUint16(nil, uint16(len(name))), name...)); err != nil {
 				return err
 			}
 		}
@@ -46,20 +63,16 @@ func (r *nameReader) read(fd int) (*nameList, error) {
 		ends = append(ends, r.runs.size())
 		return nil
 	}
-	buf := make([]byte, 32<<10)
 	for {
-		n, err := unix.ReadDirent(fd, buf)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
+		names, n, err := more(l.names)
 		if err != nil {
 			return nil, err
 		}
 		if n == 0 {
 			break
 		}
-		l.bytes += n
-		if _, _, l.names = unix.ParseDirent(buf[:n], -1, l.names); l.bytes > fewNames && r.held+l.bytes > r.runs.spool.holds() {
+		l.names, l.bytes = names, l.bytes+n
+		if l.bytes > fewNames && r.held+l.bytes > r.runs.spool.holds() {
 			if err := spill(); err != nil {
 				return nil, err
 			}
@@ -122,10 +135,10 @@ type nameRun struct {
 }
 
 func (n *nameRun) next() error {
-	b, err := n.r.take(1)
+	b, err := n.r.take(2)
 	if err == nil {
-		size := int(b[0])
-		n.left -= int64(1 + size)
+		size := int(binary.LittleEndian.Uint16(b))
+		n.left -= int64(2 + size)
 		b, err = n.r.take(size)
 	}
 	n.name = string(b)

@@ -3,9 +3,14 @@
 package squash
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -13,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -47,18 +53,33 @@ func inGroup(t *testing.T, l cgroup.Limits, inodes int, env ...string) string {
 
 // Any tree is packed, and the image checked, in 256 MiB with eight workers: also
 // where each of many inodes has a directory, hard links or attributes of its own,
-// and where all are in one directory. With -long there are ten million.
+// and where all are in one directory; and the same from an archive of it. With
+// -long there are ten million.
 func TestPackInLittleMemory(t *testing.T) {
 	if n, _ := strconv.Atoi(os.Getenv(inodesEnv)); n > 0 {
 		debug.SetGCPercent(25) // as sidecar does
-		path := filepath.Join(t.TempDir(), "image.sqsh")
-		st, err := PackFile(t.Context(), odd(n), path, Options{Workers: 8, BlockSize: MaxBlockSize})
-		if err != nil {
-			t.Fatal(err)
+		dir := t.TempDir()
+		var src Source = odd(n)
+		var images [2][]byte
+		for i := range images {
+			path := filepath.Join(dir, "image.sqsh")
+			st, err := PackFile(t.Context(), src, path, Options{Workers: 8, BlockSize: MaxBlockSize, Epoch: &tarEpoch})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var usage unix.Rusage
+			_ = unix.Getrusage(unix.RUSAGE_SELF, &usage) // cannot fail with an address of ours
+			t.Logf("%d inodes, peak %d MiB, %d s of CPU", st.Inodes, usage.Maxrss>>10, usage.Utime.Sec+usage.Stime.Sec)
+			images[i] = sumOfFile(t, path)
+			if i == 0 {
+				archive, w := io.Pipe()
+				go func() { w.CloseWithError(odd(n).archive(t.Context(), w)) }()
+				src = tarSourceOf(t, archive, TarOptions{SpoolDir: dir})
+			}
 		}
-		var usage unix.Rusage
-		_ = unix.Getrusage(unix.RUSAGE_SELF, &usage) // cannot fail with an address of ours
-		t.Logf("%d inodes, peak %d MiB, %d s of CPU", st.Inodes, usage.Maxrss>>10, usage.Utime.Sec+usage.Stime.Sec)
+		if !bytes.Equal(images[0], images[1]) {
+			t.Error("the archive gives another image")
+		}
 		return
 	}
 	n := 20_000
@@ -113,6 +134,50 @@ func (n odd) Walk(ctx context.Context, fn func(*Entry) error) error {
 		add(e)
 	}
 	return err
+}
+
+// archive writes the tree as a tar archive.
+func (n odd) archive(ctx context.Context, to io.Writer) error {
+	w := tar.NewWriter(to)
+	err := n.Walk(ctx, func(e *Entry) error {
+		h := &tar.Header{Name: e.Path, Typeflag: tar.TypeDir, Mode: int64(e.Mode & 0o7777), ModTime: time.Unix(e.Mtime, 0)}
+		for _, x := range e.Xattrs {
+			h.PAXRecords = map[string]string{"SCHILY.xattr." + x.Name: string(x.Value)}
+		}
+		if e.Content == nil {
+			return w.WriteHeader(h)
+		}
+		// The second directory of links has the names of the first.
+		if name, ok := strings.CutPrefix(e.Path, "links-b/"); ok {
+			h.Typeflag, h.Linkname = tar.TypeLink, "links-a/"+name
+			return w.WriteHeader(h)
+		}
+		h.Typeflag, h.Size = tar.TypeReg, e.Size
+		if err := w.WriteHeader(h); err != nil {
+			return err
+		}
+		b := make([]byte, e.Size)
+		if _, err := e.Content.(oddFile).ReadAt(b, 0); err != nil {
+			return err
+		}
+		_, err := w.Write(b)
+		return err
+	})
+	return errors.Join(err, w.Close())
+}
+
+func sumOfFile(t *testing.T, path string) []byte {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		t.Fatal(err)
+	}
+	return h.Sum(nil)
 }
 
 func (odd) Close() error { return nil }

@@ -6,13 +6,12 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"path"
-	"slices"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -21,16 +20,15 @@ import (
 
 // TarOptions says how to read an archive.
 type TarOptions struct {
-	// SpoolDir is where file content waits that cannot be read from the
-	// archive again; empty means os.TempDir. It needs room for the files.
+	// SpoolDir is where the names of a large archive lie, and file content waits
+	// that cannot be read from the archive again; empty means os.TempDir. It needs
+	// room for the files, and some 150 bytes for each name.
 	SpoolDir string
 	// Exclude is that of DirOptions.
 	Exclude func(path string) bool
-}
 
-// maxTarNames bounds what the names of one archive take in memory, some 400
-// bytes each.
-const maxTarNames = 1 << 24
+	held int // of a spool, for tests
+}
 
 // TarSource reads a tar archive: plain or compressed with gzip, xz or zstd, in
 // the formats of GNU tar, POSIX pax (extended attributes too) and ustar, from
@@ -50,40 +48,28 @@ const maxTarNames = 1 << 24
 // directory, and when an entry has a type or a global attribute that has no
 // meaning in an image.
 func TarSource(ctx context.Context, r io.Reader, opt TarOptions) (Source, error) {
-	s := &tarSource{opt: opt, root: newTarDir()}
-	if err := s.read(ctx, r); err != nil {
+	s := &tarSource{opt: opt, tree: tarTree{spool: spool{dir: opt.SpoolDir, held: opt.held}}}
+	err := s.tree.init()
+	if err == nil {
+		err = s.read(ctx, r)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("read archive: %w", err), s.Close())
 	}
 	return s, nil
 }
 
 type tarSource struct {
-	opt   TarOptions
-	root  *tarInode
-	names int
+	opt  TarOptions
+	tree tarTree
 
 	archive *os.File // plain and seekable: read again
 	was     identity
 	spool   *os.File // nil until something is in it
 	end     int64    // of the spool
-	links   uint64   // inodes with several names
+	chunk   []byte   // on its way there
+	links   uint32   // inodes with several names
 }
-
-// tarInode is an entry's inode; several names may have it.
-type tarInode struct {
-	entry    Entry // without Path
-	children map[string]*tarInode
-	content  *tarContent
-}
-
-// newTarDir is a directory the archive has no entry for.
-func newTarDir() *tarInode {
-	var now unix.Timeval
-	_ = unix.Gettimeofday(&now) // cannot fail with an address of ours
-	return &tarInode{entry: Entry{Mode: unix.S_IFDIR | 0o755, Mtime: now.Sec}, children: map[string]*tarInode{}}
-}
-
-func (i *tarInode) isDir() bool { return i.children != nil }
 
 // read reads the archive from its compressed start to its end.
 func (s *tarSource) read(ctx context.Context, r io.Reader) error {
@@ -103,9 +89,6 @@ func (s *tarSource) read(ctx context.Context, r io.Reader) error {
 		}
 		if err != nil {
 			return err
-		}
-		if s.names++; s.names > maxTarNames {
-			return fmt.Errorf("more than %d entries", maxTarNames)
 		}
 		if err := s.add(ctx, h, tr, in); err != nil {
 			return fmt.Errorf("%s: %w", h.Name, err)
@@ -212,83 +195,94 @@ func (s *tarSource) add(ctx context.Context, h *tar.Header, tr io.Reader, in io.
 	if h.Typeflag == tar.TypeLink {
 		return s.addLink(dir, name, h.Linkname)
 	}
-	ino := &tarInode{}
-	if err := fillTarEntry(&ino.entry, h); err != nil {
+	var e Entry
+	if err := fillTarEntry(&e, h); err != nil {
 		return err
 	}
-	if ino.entry.Mode&unix.S_IFMT == unix.S_IFDIR {
-		old := s.root
-		if dir != nil {
-			old = dir.children[name]
+	if e.Mode&unix.S_IFMT == unix.S_IFDIR {
+		old, ok := 0, true // the root
+		if name != "" {
+			old, ok = s.tree.find(dir, name)
 		}
-		if old != nil && old.isDir() {
-			old.entry = ino.entry
-			return nil
+		if ok && s.tree.inode(old).isDir() {
+			return s.tree.set(old, &e)
 		}
-		ino.children = map[string]*tarInode{}
 	}
-	if dir == nil {
+	if name == "" {
 		return errors.New("the root is not a directory")
 	}
-	if ino.entry.Mode&unix.S_IFMT == unix.S_IFREG {
-		if ino.content, err = s.keep(ctx, h, tr, in); err != nil {
+	if e.Mode&unix.S_IFMT == unix.S_IFREG {
+		if e.Content, err = s.keep(ctx, h, tr, in); err != nil {
 			return err
 		}
-		ino.entry.Size, ino.entry.Holes, ino.entry.Content = h.Size, ino.content.holes(), ino.content
 	}
-	return dir.put(name, ino)
+	number, err := s.tree.add(&e)
+	if err != nil {
+		return err
+	}
+	return s.tree.put(dir, name, number)
 }
 
-// put gives an inode a name, in place of what had it.
-func (i *tarInode) put(name string, ino *tarInode) error {
-	if old := i.children[name]; old != nil && len(old.children) > 0 {
-		return errors.New("it would replace a directory that is not empty")
-	}
-	i.children[name] = ino
-	return nil
-}
-
-func (s *tarSource) addLink(dir *tarInode, name, target string) error {
+func (s *tarSource) addLink(dir int, name, target string) error {
 	from, base, err := s.lookUp(target)
 	if err != nil {
 		return fmt.Errorf("hard link to %s: %w", target, err)
 	}
-	var ino *tarInode
-	if from != nil {
-		ino = from.children[base]
+	number, found := 0, true // the root
+	if base != "" {
+		number, found = s.tree.find(from, base)
 	}
-	switch {
-	case ino == nil:
+	if !found {
 		return fmt.Errorf("hard link to %s, which is not in front of it in the archive", target)
-	case dir == nil || ino.isDir():
+	}
+	ino := s.tree.inode(number)
+	if name == "" || ino.isDir() {
 		return fmt.Errorf("hard link to %s, which is a directory", target)
-	case dir.children[name] == ino:
+	}
+	if same, ok := s.tree.find(dir, name); ok && same == number {
 		return nil
 	}
-	if ino.entry.Link == (LinkID{}) {
+	if ino.link() == 0 {
 		s.links++
-		ino.entry.Link = LinkID{Dev: 1, Ino: s.links}
+		ino.setLink(s.links)
 	}
-	return dir.put(name, ino)
+	return s.tree.put(dir, name, number)
 }
 
 // Walk implements Source.
 func (s *tarSource) Walk(ctx context.Context, fn func(*Entry) error) error {
-	root := s.root.entry
+	root, err := s.tree.entry(0, s)
+	if err != nil {
+		return err
+	}
 	root.Path = "."
 	if err := fn(&root); err != nil {
 		return err
 	}
-	return s.walkDir(ctx, s.root, ".", fn)
+	names := nameReader{runs: stream{spool: &s.tree.spool}}
+	defer names.runs.release()
+	return s.walkDir(ctx, &names, 0, ".", fn)
 }
 
-func (s *tarSource) walkDir(ctx context.Context, d *tarInode, dir string, fn func(*Entry) error) error {
-	for _, name := range slices.Sorted(maps.Keys(d.children)) {
-		if err := ctx.Err(); err != nil {
+func (s *tarSource) walkDir(ctx context.Context, r *nameReader, number int, dir string, fn func(*Entry) error) error {
+	names, err := s.tree.namesIn(r, number)
+	if err != nil {
+		return err
+	}
+	defer names.done()
+	for {
+		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		ino := d.children[name]
-		e := ino.entry
+		name, ok, err := names.next()
+		if !ok || err != nil {
+			return err
+		}
+		below, _ := s.tree.find(number, name)
+		e, err := s.tree.entry(below, s)
+		if err != nil {
+			return err
+		}
 		e.Path = path.Join(dir, name)
 		if s.opt.Exclude != nil && s.opt.Exclude(e.Path) {
 			continue
@@ -296,17 +290,43 @@ func (s *tarSource) walkDir(ctx context.Context, d *tarInode, dir string, fn fun
 		if err := fn(&e); err != nil {
 			return err
 		}
-		if ino.isDir() {
-			if err := s.walkDir(ctx, ino, e.Path, fn); err != nil {
+		if s.tree.inode(below).isDir() {
+			if err := s.walkDir(ctx, r, below, e.Path, fn); err != nil {
 				return err
 			}
 		}
 	}
-	return nil
+}
+
+// KeepContent implements ContentKeeper.
+func (s *tarSource) KeepContent(dst []byte, c Content) []byte {
+	return binary.AppendUvarint(dst, uint64(c.(*tarContent).inode))
+}
+
+// KeptContent implements ContentKeeper.
+func (s *tarSource) KeptContent(_ string, _ int64, b []byte) (Content, []byte) {
+	r := recordReader{b}
+	return keptTarContent{s, int(r.uint())}, r.rest
+}
+
+// keptTarContent is the content of an inode.
+type keptTarContent struct {
+	s     *tarSource
+	inode int
+}
+
+// Open implements Content.
+func (c keptTarContent) Open() (ContentReader, error) {
+	e, err := c.s.tree.entry(c.inode, c.s)
+	if err != nil {
+		return nil, err
+	}
+	return e.Content.Open()
 }
 
 // Close implements Source. The archive stays the caller's.
 func (s *tarSource) Close() error {
+	s.tree.spool.close()
 	if s.spool == nil {
 		return nil
 	}

@@ -6,6 +6,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -18,6 +19,7 @@ import (
 // between them.
 type tarContent struct {
 	s      *tarSource
+	inode  int
 	spool  bool // the pieces are in the spool, not in the archive
 	pieces []tarPiece
 	size   int64
@@ -27,6 +29,34 @@ type tarContent struct {
 type tarPiece struct {
 	off, n int64 // in the file
 	pos    int64
+}
+
+// append appends what newTarContent makes another of.
+func (c *tarContent) append(b []byte) []byte {
+	where := uint64(0)
+	if c.spool {
+		where = 1
+	}
+	b = binary.AppendUvarint(binary.AppendUvarint(b, where), uint64(c.size))
+	b = binary.AppendUvarint(b, uint64(len(c.pieces)))
+	end := int64(0)
+	for _, p := range c.pieces {
+		b = binary.AppendUvarint(binary.AppendUvarint(b, uint64(p.off-end)), uint64(p.n))
+		b = binary.AppendUvarint(b, uint64(p.pos))
+		end = p.off + p.n
+	}
+	return b
+}
+
+func newTarContent(s *tarSource, r *recordReader) *tarContent {
+	c := &tarContent{s: s, spool: r.uint() == 1, size: int64(r.uint())}
+	c.pieces = make([]tarPiece, r.uint())
+	end := int64(0)
+	for i := range c.pieces {
+		c.pieces[i] = tarPiece{off: end + int64(r.uint()), n: int64(r.uint()), pos: int64(r.uint())}
+		end = c.pieces[i].off + c.pieces[i].n
+	}
+	return c
 }
 
 // holes is how many bytes are in no piece.
@@ -72,6 +102,8 @@ func isTarSparse(h *tar.Header) bool {
 // spoolChunk is the unit in which zeroes are left out of the spool.
 const spoolChunk = 64 << 10
 
+var zeroChunk [spoolChunk]byte
+
 // fill copies a file to the spool.
 func (s *tarSource) fill(ctx context.Context, c *tarContent, r io.Reader) error {
 	if s.spool == nil {
@@ -80,20 +112,23 @@ func (s *tarSource) fill(ctx context.Context, c *tarContent, r io.Reader) error 
 			return err
 		}
 	}
-	var buf, zeros [spoolChunk]byte
+	if s.chunk == nil {
+		s.chunk = make([]byte, spoolChunk)
+	}
 	for off := int64(0); off < c.size; {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		n, err := io.ReadFull(r, buf[:min(int64(len(buf)), c.size-off)])
+		b := s.chunk[:min(spoolChunk, c.size-off)]
+		n, err := io.ReadFull(r, b)
 		if err != nil {
 			if err == io.EOF {
 				err = io.ErrUnexpectedEOF
 			}
 			return err
 		}
-		if !bytes.Equal(buf[:n], zeros[:n]) {
-			if _, err := s.spool.WriteAt(buf[:n], s.end); err != nil {
+		if !bytes.Equal(b, zeroChunk[:n]) {
+			if _, err := s.spool.WriteAt(b, s.end); err != nil {
 				return explainSpool(err, s.end)
 			}
 			if last := len(c.pieces) - 1; last >= 0 && c.pieces[last].off+c.pieces[last].n == off {

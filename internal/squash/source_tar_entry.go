@@ -24,47 +24,49 @@ const (
 )
 
 // lookUp finds the directory a name belongs to, making it if need be, and the
-// last part of the name. The root has no directory.
+// last part of the name, which the root does not have.
 //
 // tar extracts through symlinks that it has extracted before, such as lib ->
 // usr/lib. It does so, and we do, for those that lead downwards only: others
 // could lead out of the tree.
-func (s *tarSource) lookUp(name string) (dir *tarInode, base string, err error) {
+func (s *tarSource) lookUp(name string) (dir int, base string, err error) {
 	parts, err := splitTarName(name)
 	if err != nil || len(parts) == 0 {
-		return nil, "", err
+		return 0, "", err
 	}
-	dir = s.root
 	var at []string // the way to dir
 	for links := 0; len(parts) > 1; {
-		next := dir.children[parts[0]]
-		switch {
-		case next == nil:
-			if s.names++; s.names > maxTarNames {
-				return nil, "", fmt.Errorf("more than %d entries", maxTarNames)
+		next, ok := s.tree.find(dir, parts[0])
+		if !ok {
+			if next, err = s.tree.add(tarDirEntry()); err == nil {
+				err = s.tree.put(dir, parts[0], next)
 			}
-			next = newTarDir()
-			dir.children[parts[0]] = next
-		case next.entry.Mode&unix.S_IFMT == unix.S_IFLNK:
-			target := next.entry.Target
-			if links++; links > maxTarSymlinks || strings.HasPrefix(target, "/") {
-				return nil, "", fmt.Errorf("it lies behind the symlink %s -> %s, which is not followed", path.Join(append(at, parts[0])...), target)
+			if err != nil {
+				return 0, "", err
 			}
-			way, err := splitTarName(target)
-			if err != nil || len(way) == 0 {
-				return nil, "", fmt.Errorf("it lies behind the symlink %s -> %s, which is not followed", path.Join(append(at, parts[0])...), target)
+		}
+		switch kind := s.tree.inode(next).mode() & unix.S_IFMT; kind {
+		case unix.S_IFDIR:
+		case unix.S_IFLNK:
+			e, err := s.tree.entry(next, s)
+			if err != nil {
+				return 0, "", err
+			}
+			way, err := splitTarName(e.Target)
+			if links++; links > maxTarSymlinks || strings.HasPrefix(e.Target, "/") || err != nil || len(way) == 0 {
+				return 0, "", fmt.Errorf("it lies behind the symlink %s -> %s, which is not followed", path.Join(append(at, parts[0])...), e.Target)
 			}
 			parts = slices.Concat(way, parts[1:])
 			continue
-		case !next.isDir():
-			return nil, "", fmt.Errorf("it lies below %s, which is not a directory", path.Join(append(at, parts[0])...))
+		default:
+			return 0, "", fmt.Errorf("it lies below %s, which is not a directory", path.Join(append(at, parts[0])...))
 		}
 		dir, at, parts = next, append(at, parts[0]), parts[1:]
 		if len(at) > maxTarDepth {
-			return nil, "", fmt.Errorf("directories nested more than %d deep", maxTarDepth)
+			return 0, "", fmt.Errorf("directories nested more than %d deep", maxTarDepth)
 		}
 	}
-	return dir, strings.Clone(parts[0]), nil
+	return dir, parts[0], nil
 }
 
 // splitTarName returns the parts of a name, which is relative to the root.
@@ -76,6 +78,9 @@ func splitTarName(name string) ([]string, error) {
 		case "..":
 			return nil, errors.New(`a name with ".." could lead out of the tree`)
 		default:
+			if len(part) > maxNameLen {
+				return nil, fmt.Errorf("name of %d bytes: the limit is %d", len(part), maxNameLen)
+			}
 			parts = append(parts, part)
 		}
 	}

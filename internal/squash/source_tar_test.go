@@ -85,7 +85,7 @@ func TestTarSameBytes(t *testing.T) {
 			if _, err := f.Seek(0, io.SeekStart); err != nil {
 				t.Fatal(err)
 			}
-			if got, _ := packMem(t, tarSourceOf(t, noReadAt{f}, TarOptions{}), opt); !bytes.Equal(got.b, want.b) {
+			if got, _ := packMem(t, tarSourceOf(t, noReadAt{f}, TarOptions{held: 1}), opt); !bytes.Equal(got.b, want.b) {
 				t.Errorf("from a stream: %d other bytes, want %d", len(got.b), len(want.b))
 			}
 		})
@@ -193,10 +193,12 @@ func TestTarLikeTar(t *testing.T) {
 				run(t, "chmod", "755", back)
 			}
 			want, _ := packMem(t, dirSourceOf(t, back, DirOptions{}), opt)
-			got, _ := packMem(t, tarSourceOf(t, bytes.NewReader(archive), TarOptions{}), opt)
-			if !bytes.Equal(got.b, want.b) {
-				t.Errorf("other bytes")
-				treeOf(t, got, back)
+			for _, held := range []int{0, 1} {
+				got, _ := packMem(t, tarSourceOf(t, bytes.NewReader(archive), TarOptions{held: held}), opt)
+				if !bytes.Equal(got.b, want.b) {
+					t.Errorf("other bytes, %d held", held)
+					treeOf(t, got, back)
+				}
 			}
 		})
 	}
@@ -228,6 +230,7 @@ func TestTarRefuses(t *testing.T) {
 		"damaged header":       {append([]byte{ok[0] ^ 1}, ok[1:]...), "invalid tar header"},
 		"bzip2":                {[]byte("BZh91AY&SY"), "bzip2"},
 		"deep":                 {makeTar(t, tarEntry{tar.Header{Name: strings.Repeat("d/", 5000) + "f", Format: tar.FormatPAX}, ""}), "nested more than 4096 deep"},
+		"long name":            {makeTar(t, tarEntry{tar.Header{Name: "d/" + strings.Repeat("n", 257), Format: tar.FormatPAX}, ""}), "name of 257 bytes: the limit is 256"},
 		"global xattr":         {makeTar(t, tarEntry{tar.Header{Typeflag: tar.TypeXGlobalHeader, PAXRecords: map[string]string{"SCHILY.xattr.user.x": "1"}}, ""}), "global attribute"},
 		"gzip with wrong sums": {damagedGzip(t, ok), "gzip"},
 	} {
