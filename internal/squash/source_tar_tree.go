@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -171,7 +172,7 @@ func (t *tarTree) put(dir int, name string, number int) error {
 	n, ok := t.names.find(key)
 	if ok {
 		if t.inode(tarName(t.names.at(n)).inode()).first() != 0 {
-			return fmt.Errorf("it would replace a directory that is not empty")
+			return errors.New("it would replace a directory that is not empty")
 		}
 		tarName(t.names.at(n)).setInode(number)
 		return nil
