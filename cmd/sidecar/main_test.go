@@ -60,16 +60,3 @@ func TestGiveUpImmunity(t *testing.T) {
 	}
 	giveUpImmunity(filepath.Join(t.TempDir(), "none"))
 }
-
-func TestParseBlockSize(t *testing.T) {
-	for s, want := range map[string]int{"4096": 4096, "128K": 128 << 10, "1m": 1 << 20, "1M": 1 << 20} {
-		if got, err := parseBlockSize(s); err != nil || got != want {
-			t.Errorf("%q: %d, %v; want %d", s, got, err, want)
-		}
-	}
-	for _, s := range []string{"", "K", "1G", "-4K", "1KM", "0", "9999999999K", "4 K", "3", "2K", "2M", "96K"} {
-		if got, err := parseBlockSize(s); err == nil {
-			t.Errorf("%q gave %d", s, got)
-		}
-	}
-}

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -134,7 +133,7 @@ func (f packFlags) options() (opt squash.Options, err error) {
 		}
 	}
 	if f.blockSize != "" {
-		if opt.BlockSize, err = parseBlockSize(f.blockSize); err != nil {
+		if opt.BlockSize, err = squash.ParseBlockSize(f.blockSize); err != nil {
 			return opt, fmt.Errorf("--block-size: %w", err)
 		}
 	}
@@ -153,29 +152,6 @@ func (f packFlags) options() (opt squash.Options, err error) {
 	t := time.Unix(n, 0).UTC()
 	opt.Epoch = &t
 	return opt, nil
-}
-
-// parseBlockSize reads a size that SquashFS can have: a power of two from 4 KiB
-// to 1 MiB, in bytes or with K or M.
-func parseBlockSize(s string) (int, error) {
-	digits := strings.TrimRight(strings.ToUpper(s), "KM")
-	n, err := strconv.Atoi(digits)
-	if n > 1<<20 {
-		n = -1
-	}
-	switch strings.ToUpper(s)[len(digits):] {
-	case "":
-	case "K":
-		n <<= 10
-	case "M":
-		n <<= 20
-	default:
-		n = -1
-	}
-	if err != nil || n < 4<<10 || n > 1<<20 || n&(n-1) != 0 {
-		return 0, fmt.Errorf("%q is not a power of two from 4K to 1M", s)
-	}
-	return n, nil
 }
 
 func pack(ctx context.Context, f packFlags, opt squash.Options, source, image string) error {
@@ -223,7 +199,7 @@ func pack(ctx context.Context, f packFlags, opt squash.Options, source, image st
 
 // openSource opens a directory, an archive, standard input, or an overlay.
 func openSource(ctx context.Context, f packFlags, base *squash.Base, source, image string) (src squash.Source, done func(), err error) {
-	exclude, err := readExcludes(f.excludeFile)
+	exclude, err := squash.ReadExcludes(f.excludeFile)
 	if err != nil {
 		return nil, nil, err
 	}

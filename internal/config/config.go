@@ -4,8 +4,8 @@
 // typed structs. It is the only place in the product that calls os.Getenv.
 //
 // Names, defaults and aliases are those the IMS job template and the legacy
-// containers use; nothing is renamed. SSHD_PORT, IMS_BUILDENV_LAYOUT,
-// IMS_BUILDENV_CHANGES and IMS_BUILDENV_LOG_FORMAT are our extensions.
+// containers use; nothing is renamed. SSHD_PORT and IMS_BUILDENV_… are our
+// extensions.
 //
 // It refuses to guess: a value that cannot be understood is an error that
 // names the variable and the next step, and all of them are reported at once,
@@ -153,6 +153,9 @@ type Sidecar struct {
 	SSHPort        int
 	Changes        string // ChangesWrite, ChangesUpload or ChangesOff
 	Layout         string // of the root: LayoutAuto, or the one that is wanted
+	Compressor     string // of the new image; "": that of the old one
+	BlockSize      string // likewise
+	ExcludeFile    string // what is left out of the new image; "": nothing
 	CADir          string
 	AuthorizedKeys string
 	ResolvConf     string
@@ -264,6 +267,9 @@ func load(getenv func(string) string, needs need, args []string) (Sidecar, error
 		SSHPort:        r.port("SSHD_PORT", DefaultSSHPort),
 		Changes:        r.oneOf("IMS_BUILDENV_CHANGES", ChangesWrite, ChangesWrite, ChangesUpload, ChangesOff),
 		Layout:         r.oneOf("IMS_BUILDENV_LAYOUT", LayoutAuto, LayoutAuto, LayoutUnpacked, LayoutLayered),
+		Compressor:     r.text("IMS_BUILDENV_COMPRESSOR", ""),
+		BlockSize:      r.text("IMS_BUILDENV_BLOCK_SIZE", ""),
+		ExcludeFile:    r.text("IMS_BUILDENV_EXCLUDE_FILE", ""),
 		CADir:          CADir,
 		AuthorizedKeys: AuthorizedKeys,
 		ResolvConf:     ResolvConf,

@@ -79,6 +79,7 @@ type run struct {
 	store  Store
 	log    *slog.Logger
 	flags  signalfile.Set
+	format format
 	state  state
 	key    []byte // authenticates the state file
 	result []byte // printed before the last status
@@ -123,6 +124,10 @@ func newRun(cfg config.Sidecar, deps Deps) (*run, error) {
 	}
 	r.key = stateKey(cfg.S3.SecretKey.Reveal())
 	var errs []error
+	var err error
+	if r.format, err = readFormat(cfg); err != nil {
+		errs = append(errs, err)
+	}
 	if r.ims == nil {
 		c, err := NewIMS(cfg, r.log)
 		if err == nil {

@@ -58,6 +58,9 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 		return published{}, err
 	}
 	defer boot.Close()
+	if err := r.checkKernel(root, boot.Kernel); err != nil {
+		return published{}, err
+	}
 	if err := r.store.Check(ctx); err != nil {
 		return published{}, err
 	}
@@ -118,8 +121,9 @@ func (r *run) createPacked() (*os.File, error) {
 // pack writes the image to file, and tells how far it has come and when it can be read. Where it does not fit beside the
 // image the root was made from, that one is given up, which no job depends on.
 func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.File, pending *upload.Pending) error {
-	opt := squash.Options{MemoryLimit: cgroupMemory() / 4, Grown: pending.Grown}
-	dir := squash.DirOptions{OneFileSystem: true, SpoolDir: filepath.Dir(r.packedPath())}
+	opt := r.format.opt
+	opt.MemoryLimit, opt.Grown = cgroupMemory()/4, pending.Grown
+	dir := squash.DirOptions{OneFileSystem: true, Exclude: r.format.exclude, SpoolDir: filepath.Dir(r.packedPath())}
 	if base != nil {
 		opt.Base, dir.Index = &squash.Base{Image: base.image}, base.index
 		dir.DropXattr = r.foreign(base.image)

@@ -49,7 +49,7 @@ func (r *Root) Source(opt squash.DirOptions) (squash.Source, error) {
 	if r.base == nil {
 		return squash.DirSource(r.FDPath(), opt)
 	}
-	return squash.LayersSource(r.base, r.FDPath(), squash.LayersOptions{Work: r.work, SpoolDir: opt.SpoolDir})
+	return squash.LayersSource(r.base, r.FDPath(), squash.LayersOptions{Work: r.work, Exclude: opt.Exclude, SpoolDir: opt.SpoolDir})
 }
 
 // Unpack lays the image on the volume parent out as a directory with an index. The

@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
+	"strings"
 	"time"
 )
 
@@ -179,4 +181,27 @@ func syncDir(dir string) error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
+}
+
+// ParseBlockSize reads a size that SquashFS can have: a power of two from 4 KiB
+// to 1 MiB, in bytes or with K or M.
+func ParseBlockSize(s string) (int, error) {
+	digits := strings.TrimRight(strings.ToUpper(s), "KM")
+	n, err := strconv.Atoi(digits)
+	if n > 1<<20 {
+		n = -1
+	}
+	switch strings.ToUpper(s)[len(digits):] {
+	case "":
+	case "K":
+		n <<= 10
+	case "M":
+		n <<= 20
+	default:
+		n = -1
+	}
+	if err != nil || n < 4<<10 || n > 1<<20 || n&(n-1) != 0 {
+		return 0, fmt.Errorf("%q is not a power of two from 4K to 1M", s)
+	}
+	return n, nil
 }

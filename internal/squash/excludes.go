@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package main
+package squash
 
 import (
 	"bufio"
@@ -19,12 +19,13 @@ type exclude struct {
 	anywhere bool
 }
 
-// readExcludes reads what mksquashfs -wildcards -ef does: one pattern a line,
-// relative to the packed root, with the wildcards *, ? and [...], none of which
+// ReadExcludes reads a file for DirOptions.Exclude as mksquashfs -wildcards -ef
+// does: one pattern a line, relative to the packed root, with the wildcards *, ? and [...], none of which
 // stands for a slash. A pattern behind "... " applies in every directory. A
 // leading slash, empty lines and comments with # are allowed. Not known are
-// extended wildcards such as !(a|b), and paths outside the root.
-func readExcludes(name string) (func(string) bool, error) {
+// extended wildcards such as !(a|b), and paths outside the root. Without a name
+// nothing is excluded.
+func ReadExcludes(name string) (func(string) bool, error) {
 	if name == "" {
 		return nil, nil
 	}
