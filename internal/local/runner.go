@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -49,6 +48,7 @@ type processRunner struct {
 // pod is one job's containers.
 type pod struct {
 	podSpec
+	held     *os.File      // the port
 	running  bool          // run has been called; guarded by the runner's lock
 	stop     chan struct{} // closed: end all containers
 	released chan struct{} // closed: service and volume are gone, the job has ended
@@ -85,39 +85,37 @@ func (r *processRunner) Reserve(job Job) (ConnectionInfo, error) {
 	if r.closed {
 		return ConnectionInfo{}, errors.New("imslocal is stopping")
 	}
-	port, err := r.freePort()
+	held, port, err := r.freePort()
 	if err != nil {
 		return ConnectionInfo{}, err
 	}
 	p := &pod{
-		podSpec: podSpec{world: r.world, job: job, port: port, dir: filepath.Join(r.dir, job.ID)},
-		stop:    make(chan struct{}), released: make(chan struct{}), over: make(chan struct{}),
+		podSpec: podSpec{world: r.world, job: job, port: port, dir: filepath.Join(r.dir, job.ID)}, held: held,
+		stop: make(chan struct{}), released: make(chan struct{}), over: make(chan struct{}),
 	}
 	r.pods[job.ID] = p
 	return endpoint(port), nil
 }
 
-// freePort finds a port for sshd that no living pod has; the lock is held.
-func (r *processRunner) freePort() (int, error) {
-	taken := map[int]bool{}
+// freePort finds a port for sshd that no living pod has, and holds it; the lock is held, too.
+func (r *processRunner) freePort() (*os.File, int, error) {
+	held, addr, err := holdPort(":" + strconv.Itoa(r.port))
+	if err != nil {
+		return nil, 0, fmt.Errorf("SSH port: %w; give another --port", err)
+	}
 	for _, p := range r.pods {
-		taken[p.port] = true
-	}
-	for range 100 {
-		l, err := net.Listen("tcp", ":"+strconv.Itoa(r.port))
-		if err != nil {
-			return 0, fmt.Errorf("SSH port: %w; give another --port", err)
-		}
-		port := l.Addr().(*net.TCPAddr).Port
-		l.Close()
-		if !taken[port] {
-			return port, nil
-		}
-		if r.port != 0 {
-			break
+		if p.port == addr.Port {
+			held.Close()
+			return nil, 0, fmt.Errorf("SSH port %d is taken by another job; wait for its end or give another --port", p.port)
 		}
 	}
-	return 0, fmt.Errorf("SSH port %d is taken by another job; wait for its end or give another --port", r.port)
+	return held, addr.Port, nil
+}
+
+// forget drops a pod that is over, or never was; the lock is held.
+func (r *processRunner) forget(p *pod) {
+	delete(r.pods, p.job.ID)
+	p.held.Close()
 }
 
 // Start implements Runner.
@@ -139,7 +137,7 @@ func (r *processRunner) Start(job Job, in PodInput) error {
 		r.run(p)
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		delete(r.pods, job.ID)
+		r.forget(p)
 		// a release that came after run had cleaned up
 		if err := os.RemoveAll(p.volumeRemoved()); err != nil {
 			r.log.Error("remove the job's volume", "job_id", job.ID, "error", err)
@@ -171,8 +169,11 @@ func (r *processRunner) Remove(jobID string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	p, ok := r.pods[jobID]
-	if !ok || !p.running {
-		delete(r.pods, jobID)
+	if ok && !p.running {
+		r.forget(p)
+		ok = false
+	}
+	if !ok {
 		return os.RemoveAll(dir)
 	}
 	p.stopOnce.Do(func() { close(p.stop) })

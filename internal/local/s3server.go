@@ -114,10 +114,12 @@ func startS3(ctx context.Context, data, listen string, log *slog.Logger) (*s3Ser
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	addr, err := freeAddr(listen)
+	// versitygw cannot be handed a listener nor asked for its port
+	held, addr, err := holdPort(listen)
 	if err != nil {
 		return nil, fmt.Errorf("S3 server: %w; give another --s3-listen", err)
 	}
+	defer held.Close()
 	out, err := os.OpenFile(filepath.Join(data, "s3.log"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, err
@@ -200,17 +202,6 @@ func loadKeys(path string) (s3Keys, error) {
 		err = fmt.Errorf("%s: holds no keys; remove it to get new ones", path)
 	}
 	return keys, err
-}
-
-// freeAddr finds the address to listen on: listen, its port chosen when it is
-// 0. versitygw cannot be handed a listener nor asked for its port.
-func freeAddr(listen string) (*net.TCPAddr, error) {
-	l, err := net.Listen("tcp", listen)
-	if err != nil {
-		return nil, err
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr), nil
 }
 
 // reachable is where this machine reaches a listening address.
