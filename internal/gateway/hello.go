@@ -52,7 +52,7 @@ func fastAES() bool {
 func (c *conn) greet() []string {
 	all := c.srv.algs.ciphers
 	line := "SSH-2.0-" + c.srv.ssh.Version + "\r\n"
-	c.reader = bufio.NewReaderSize(c.Conn, maxVersionLine+maxHelloPacket)
+	c.reader = bufio.NewReaderSize(incoming{c}, maxVersionLine+maxHelloPacket)
 	if _, err := c.Conn.Write([]byte(line)); err != nil {
 		return all // the library meets the same error
 	}

@@ -95,6 +95,30 @@ func greeted(t testing.TB, send []byte) (ciphers []string, replayed []byte) {
 	return c.ciphers, replayed
 }
 
+// REGRESSION: a client counted as one that had said nothing until its first packet was complete, and beyond MaxStartups
+// it was pushed out by those who really had not.
+func TestGreetCounts(t *testing.T) {
+	s, err := newServer(quietSettings(), nil, nil, "test", quietServer().log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, theirs := net.Pipe()
+	defer client.Close()
+	c := newConn(s, theirs)
+	greeted := make(chan struct{})
+	go func() {
+		defer close(greeted)
+		c.greet()
+	}()
+	if _, err := bufio.NewReader(client).ReadString('\n'); err != nil || c.progress() != 0 {
+		t.Errorf("progress %d, %v", c.progress(), err)
+	}
+	io.WriteString(client, "SSH-2.0-")
+	eventually(t, "the client's first words count", func() bool { return c.progress() == 1 })
+	client.Close()
+	<-greeted
+}
+
 // A client that calls itself OpenSSH and waits for the server to speak first must not be
 // kept waiting.
 func TestGreetWaitsNotForEver(t *testing.T) {

@@ -297,15 +297,21 @@ func newConn(s *server, nc net.Conn) *conn {
 	return c
 }
 
-// Read counts; the SSH library is the only reader.
-func (c *conn) Read(b []byte) (n int, err error) {
+// Read is the SSH library's; it is the only reader.
+func (c *conn) Read(b []byte) (int, error) {
 	if c.reader != nil && c.reader.Buffered() > 0 {
-		n, err = c.reader.Read(b)
-	} else {
-		c.reader = nil
-		n, err = c.Conn.Read(b)
+		return c.reader.Read(b)
 	}
-	c.in.Add(int64(n))
+	c.reader = nil
+	return incoming{c}.Read(b)
+}
+
+// incoming is what arrives from the client, counted when it does: how far a login has got decides who has to go.
+type incoming struct{ c *conn }
+
+func (i incoming) Read(b []byte) (int, error) {
+	n, err := i.c.Conn.Read(b)
+	i.c.in.Add(int64(n))
 	return n, err
 }
 
