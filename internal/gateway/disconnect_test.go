@@ -6,6 +6,8 @@ import (
 	"bufio"
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -94,7 +96,13 @@ func (j *job) awaitEnded(text string) {
 
 // A job that nobody works on ends, if that is wanted; one with a session does not.
 func TestAbandon(t *testing.T) {
-	j := start(t, options{config: "AbandonTimeout 1s"})
+	// Nobody is missed before the script has ended, and that is when the session is there.
+	dir := t.TempDir()
+	gate := filepath.Join(dir, "gate")
+	j := start(t, options{config: "AbandonTimeout 1s", change: func(c *Config) {
+		c.SSHD.CustomizationScript = filepath.Join(dir, "script")
+		os.WriteFile(c.SSHD.CustomizationScript, []byte("until [ -e "+gate+" ]; do sleep 0.01; done\n"), 0o600)
+	}})
 	s := newSession(t, j.dial())
 	in, err := s.StdinPipe()
 	if err == nil {
@@ -103,6 +111,8 @@ func TestAbandon(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	j.write(gate, "")
+	j.awaitLog("customization script ended")
 	began := time.Now()
 	eventually(t, "the timeout has passed", func() bool { return time.Since(began) > 1500*time.Millisecond })
 	if j.exists("failed") {

@@ -150,20 +150,31 @@ func TestRecording(t *testing.T) {
 	}
 }
 
+// prompting is an output of a command that gets a line of input for each piece that arrives.
+type prompting struct {
+	text bytes.Buffer
+	in   io.Writer
+}
+
+func (p *prompting) Write(b []byte) (int, error) {
+	io.WriteString(p.in, "\n") // fails when that was the last piece
+	return p.text.Write(b)
+}
+
 // TestRecordCommands: with RecordCommands a command without a terminal is recorded, both its outputs, and SFTP is not. What
 // RecordRedact matches is in none of the files, also when it is shown piece by piece; the client gets it as it is.
 func TestRecordCommands(t *testing.T) {
 	dir := t.TempDir()
 	j := start(t, options{config: "RecordDirectory " + dir + "\nRecordCommands yes\n" +
 		`RecordRedact (?i)password=\S+` + "\n" + `RecordRedact "-----BEGIN [A-Z ]+-----[^-]+-----END [A-Z ]+-----"`})
-	const pause = "; sleep 0.02; "
+	const pause = "; read x; " // what has arrived has been recorded
 	secret := "printf 'a passw'" + pause + "printf 'ord=hun'" + pause + "printf 'ter2 b\\n'"
 	for _, tt := range []struct {
 		name, command, client, errs, recorded string
 		tty                                   bool
 	}{
 		{"pieces", secret, "a password=hunter2 b\n", "", "a [redacted] b\r\n", false},
-		{"terminal", secret, "a password=hunter2 b\r\n", "", "a [redacted] b\r\n", true},
+		{"terminal", "stty -echo; " + secret, "a password=hunter2 b\r\n", "", "a [redacted] b\r\n", true},
 		{"both outputs", "printf 'PASS' >&2" + pause + "echo out" + pause + "echo WORD=x >&2", "out\n", "PASSWORD=x\n", "[redacted]out\r\n\r\n", false},
 		{"lines", "echo -----BEGIN A KEY-----; echo xyz; echo -----END A KEY-----", "-----BEGIN A KEY-----\nxyz\n-----END A KEY-----\n", "", "[redacted]\r\n", false},
 		{"end", "printf password=x", "password=x", "", "[redacted]", false},
@@ -172,9 +183,15 @@ func TestRecordCommands(t *testing.T) {
 		if tt.tty {
 			args = append([]string{"-tt"}, args...)
 		}
-		out, errs, code := run(t, j.tool("ssh", args...))
-		if out != tt.client || errs != tt.errs || code != 0 {
-			t.Errorf("%s: the client gets %q, %q, %d", tt.name, out, errs, code)
+		cmd := j.tool("ssh", args...)
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, errs := &prompting{in: in}, &prompting{in: in}
+		cmd.Stdout, cmd.Stderr = out, errs
+		if err := cmd.Run(); out.text.String() != tt.client || errs.text.String() != tt.errs || err != nil {
+			t.Errorf("%s: the client gets %q, %q, %v", tt.name, &out.text, &errs.text, err)
 		}
 		eventually(t, "the recording is complete", func() bool { return len(casts(t, dir, ".cast")) == 1 && len(casts(t, dir, ".part")) == 0 })
 		path := casts(t, dir, ".cast")[0]
