@@ -102,8 +102,9 @@ func TestFlood(t *testing.T) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer close(stop)
-	opened := make(chan struct{}, 300)
-	for range 300 {
+	const strangers = 150 // three for each place
+	opened := make(chan struct{}, strangers)
+	for range strangers {
 		wg.Go(func() {
 			for first := true; ; first = false {
 				nc, err := net.Dial("tcp", g.address())
@@ -131,7 +132,7 @@ func TestFlood(t *testing.T) {
 			}
 		})
 	}
-	for range 300 {
+	for range strangers {
 		<-opened
 	}
 	for range 5 {

@@ -48,7 +48,7 @@ func TestPanicInConnection(t *testing.T) {
 	s.add(other)
 	broken, peer := net.Pipe()
 	go io.Copy(io.Discard, peer)
-	s.handle(faulty{broken})
+	s.handle(s.enter(faulty{broken}))
 	if _, err := broken.Write([]byte("x")); !errors.Is(err, io.ErrClosedPipe) {
 		t.Errorf("the connection with the fault: %v", err)
 	}

@@ -122,11 +122,13 @@ func (s *server) serve(l net.Listener) error {
 			continue
 		}
 		delay = 0
-		go s.handle(nc)
+		s.awaitRoom()
+		go s.handle(s.enter(nc))
 	}
 }
 
-func (s *server) handle(nc net.Conn) {
+// enter takes a connection in; those that come later do not get ahead of it.
+func (s *server) enter(nc net.Conn) *conn {
 	if t, ok := nc.(*net.TCPConn); ok {
 		// Long enough to survive a network outage of some minutes.
 		t.SetKeepAliveConfig(net.KeepAliveConfig{
@@ -135,8 +137,12 @@ func (s *server) handle(nc net.Conn) {
 		nc = newPromptAcks(t)
 	}
 	c := newConn(s, nc)
-	defer c.guard("the end of a connection")
 	s.add(c)
+	return c
+}
+
+func (s *server) handle(c *conn) {
+	defer c.guard("the end of a connection")
 	defer s.remove(c)
 	defer c.guard("connection")
 	c.ciphers = s.algs.ciphers
@@ -144,6 +150,32 @@ func (s *server) handle(nc net.Conn) {
 		c.ciphers = c.greet()
 	}
 	s.ssh.HandleConn(c)
+}
+
+// stay is how long a connection has at least before another one pushes it out. A client has things to do between its
+// connect and its first words: OpenSSH's reads the user's keys.
+const stay = 200 * time.Millisecond
+
+// awaitRoom returns when there is room within MaxStartups, or when whoever has to go has had its time. A flood comes in no
+// faster than that; until then it waits in the kernel.
+func (s *server) awaitRoom() {
+	for {
+		wait := time.Duration(0)
+		s.mu.Lock()
+		if len(s.unauth) >= s.set.MaxStartups && len(s.unauth) > 0 {
+			wait = stay - time.Since(victim(s.unauth).opened)
+		}
+		s.mu.Unlock()
+		if wait <= 0 {
+			return
+		}
+		time.Sleep(min(wait, lookEvery)) // somebody may leave
+	}
+}
+
+// victim is who has got least far with its login, and of these the oldest.
+func victim(unauth []*conn) *conn {
+	return slices.MinFunc(unauth, func(a, b *conn) int { return a.progress() - b.progress() })
 }
 
 // add enters a connection that has yet to authenticate. Beyond MaxStartups one of those is
@@ -154,14 +186,14 @@ func (s *server) add(c *conn) {
 	s.mu.Lock()
 	s.conns[c] = struct{}{}
 	s.unauth = append(s.unauth, c)
-	var victim *conn
+	var out *conn
 	if old := s.unauth[:len(s.unauth)-1]; len(old) >= s.set.MaxStartups && len(old) > 0 {
-		victim = slices.MinFunc(old, func(a, b *conn) int { return a.progress() - b.progress() })
-		s.forget(victim)
+		out = victim(old)
+		s.forget(out)
 	}
 	s.mu.Unlock()
-	if victim != nil {
-		victim.end("MaxStartups: too many connections that have not logged in")
+	if out != nil {
+		out.end("MaxStartups: too many connections that have not logged in")
 	}
 	s.seen.connections.Inc()
 	c.log.Debug("connection opened")
