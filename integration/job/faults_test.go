@@ -118,7 +118,7 @@ func TestStoreRefuses(t *testing.T) {
 		"wrong secret":   {map[string]string{"S3_SECRET_KEY": "not-the-secret"}, []string{"S3_SECRET_KEY"}},
 		"wrong key":      {map[string]string{"S3_ACCESS_KEY": "nobody"}, []string{"S3_ACCESS_KEY"}},
 		"missing bucket": {map[string]string{"S3_BUCKET": "no-such-bucket"}, []string{"no-such-bucket", "S3_BUCKET"}},
-		"no store there": {map[string]string{"S3_ENDPOINT": "http://127.0.0.1:1"}, []string{"127.0.0.1:1", "connection refused"}},
+		"no store there": {map[string]string{"S3_ENDPOINT": "http://127.0.0.1:1", "IMS_PYTHON_HELPER_TIMEOUT": "3"}, []string{"127.0.0.1:1", "connection refused"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -163,6 +163,7 @@ func TestStoreGoes(t *testing.T) {
 	t.Run("before the upload", func(t *testing.T) {
 		t.Parallel()
 		g, p := s.gatedPod(t, baseTree()...)
+		p.env["IMS_PYTHON_HELPER_TIMEOUT"] = "3"
 		sidecar, _ := p.open()
 		g.close()
 		p.touch("complete")
@@ -195,6 +196,7 @@ func TestStoreGoes(t *testing.T) {
 	t.Run("silent when the pod is deleted", func(t *testing.T) {
 		t.Parallel()
 		g, p := s.gatedPod(t, large()...)
+		p.env["IMS_PYTHON_HELPER_TIMEOUT"] = "3"
 		sidecar := p.openAndHold(g)
 		s.abandon(t, sidecar)
 		sidecar.cmd.Process.Signal(syscall.SIGTERM)
@@ -310,7 +312,7 @@ func TestPrepareRefuses(t *testing.T) {
 	}{
 		"object missing":   {missing, nil, []string{s.base.id + "/nothing", "404"}},
 		"signature":        {good + "00", nil, []string{s.base.id + "/rootfs", "403"}},
-		"no server":        {"http://127.0.0.1:1/rootfs", nil, []string{"127.0.0.1:1", "connection refused"}},
+		"no server":        {"http://127.0.0.1:1/rootfs", map[string]string{"IMS_PYTHON_HELPER_TIMEOUT": "3"}, []string{"127.0.0.1:1", "connection refused"}},
 		"scheme":           {"file:///etc/admin-client-auth/client-secret", nil, []string{"http://HOST/", "presigned URL"}},
 		"sum":              {good, map[string]string{"DOWNLOAD_MD5SUM": strings.Repeat("a", 32)}, []string{"MD5", strings.Repeat("a", 32)}},
 		"sum that is none": {good, map[string]string{"DOWNLOAD_MD5SUM": "abc"}, []string{"DOWNLOAD_MD5SUM", "abc"}},

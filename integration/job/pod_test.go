@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"maps"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/ims-buildenv/ims-buildenv/internal/ims"
+	"github.com/ims-buildenv/ims-buildenv/internal/port"
 )
 
 // pod is a place to run the programs by hand, with surroundings that imslocal
@@ -83,12 +83,12 @@ func (s *stage) newPod(t *testing.T, jail bool, volume string, lines ...string) 
 		}
 		makeRoot(t, filepath.Join(dir, "root"), lines...)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	held, addr, err := port.Hold(":0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.port = l.Addr().(*net.TCPAddr).Port
-	l.Close()
+	t.Cleanup(func() { held.Close() })
+	p.port = addr.Port
 
 	p.holder = exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-c", podScript)
 	p.holder.Env = append(os.Environ(), "POD="+dir, "VOLUME="+volume)
@@ -140,7 +140,7 @@ func (p *pod) environment() []string {
 		"SSH_JAIL": jail, "JOB_ENABLE_DKMS": "True", "BUILD_ARCH": "x86_64", "LOG_LEVEL": "INFO",
 		"IMAGE_ROOT_ARCHIVE_NAME": p.name, "KERNEL_FILENAME": "vmlinuz", "INITRD_FILENAME": "initrd",
 		"KERNEL_PARAMETERS_FILENAME": "kernel-parameters", "OAUTH_CONFIG_DIR": "/etc/admin-client-auth",
-		"IMS_URL": p.w.url, "IMS_PYTHON_HELPER_TIMEOUT": "3", "SSHD_PORT": strconv.Itoa(p.port),
+		"IMS_URL": p.w.url, "IMS_PYTHON_HELPER_TIMEOUT": "60", "SSHD_PORT": strconv.Itoa(p.port),
 		"S3_ENDPOINT": p.w.s3URL, "S3_BUCKET": bucket, "S3_ACCESS_KEY": p.w.accessKey, "S3_SECRET_KEY": p.w.secretKey,
 		"SSHD_OPTIONS": "-E /etc/cray/ims/sshd.log -f /etc/cray/ims/sshd_config", "SSHD_CONFIG_FILE": "/etc/cray/ims/sshd_config",
 	}

@@ -5,13 +5,13 @@ package job
 import (
 	"context"
 	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/ims-buildenv/ims-buildenv/internal/port"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 )
 
@@ -28,12 +28,12 @@ func TestProbeWithOpenSSH(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := newPod(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	held, addr, err := port.Hold("127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.cfg.SSHPort = l.Addr().(*net.TCPAddr).Port
-	l.Close()
+	defer held.Close()
+	p.cfg.SSHPort = addr.Port
 	r, err := newRun(p.cfg, Deps{Log: slog.New(slog.NewTextHandler(&p.log, nil))})
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/google/renameio/v2"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/port"
 )
 
 var errNeedRoot = errors.New("the process runner needs root for mounts and namespaces; run imslocal with sudo")
@@ -99,7 +101,7 @@ func (r *processRunner) Reserve(job Job) (ConnectionInfo, error) {
 
 // freePort finds a port for sshd that no living pod has, and holds it; the lock is held, too.
 func (r *processRunner) freePort() (*os.File, int, error) {
-	held, addr, err := holdPort(":" + strconv.Itoa(r.port))
+	held, addr, err := port.Hold(":" + strconv.Itoa(r.port))
 	if err != nil {
 		return nil, 0, fmt.Errorf("SSH port: %w; give another --port", err)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/versity/versitygw/backend/posix"
 	"github.com/versity/versitygw/embedgw"
 
+	"github.com/ims-buildenv/ims-buildenv/internal/port"
 	"github.com/ims-buildenv/ims-buildenv/internal/upload"
 )
 
@@ -115,7 +116,7 @@ func startS3(ctx context.Context, data, listen string, log *slog.Logger) (*s3Ser
 		return nil, err
 	}
 	// versitygw cannot be handed a listener nor asked for its port
-	held, addr, err := holdPort(listen)
+	held, addr, err := port.Hold(listen)
 	if err != nil {
 		return nil, fmt.Errorf("S3 server: %w; give another --s3-listen", err)
 	}

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package local
+// Package port keeps a TCP port for a program that will listen there and cannot be handed a listener: one that was only
+// found free is somebody else's by the time the program is up, now and then.
+package port
 
 import (
 	"fmt"
@@ -10,12 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// holdPort keeps an address for a program that will listen there and cannot be
-// handed a listener; port 0 is any free one. Until the file is closed the kernel
-// gives the port to nobody who does not ask for it by its number. Who does may
-// listen, since both sockets have SO_REUSEADDR and this one does not listen
+// Hold keeps an address; port 0 is any free one. Until the file is closed the kernel gives the port to nobody who does not
+// ask for it by its number. Who does may listen, since both sockets have SO_REUSEADDR and this one does not listen
 // (socket(7)); every server sets it.
-func holdPort(address string) (*os.File, *net.TCPAddr, error) {
+func Hold(address string) (*os.File, *net.TCPAddr, error) {
 	addr, err := net.ResolveTCPAddr("tcp", address)
 	if err != nil {
 		return nil, nil, err

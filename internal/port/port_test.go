@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package local
+package port
 
 import (
 	"net"
@@ -13,9 +13,8 @@ import (
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 )
 
-// TestHeldPort: of two ports that there are, the one that is held goes only to
-// whoever asks for it by its number.
-func TestHeldPort(t *testing.T) {
+// TestHold: of two ports that there are, the one that is held goes only to whoever asks for it by its number.
+func TestHold(t *testing.T) {
 	testkit.NeedRoot(t)
 	for _, address := range []string{":0", "0.0.0.0:0", "[::]:0"} {
 		t.Run(address, func(t *testing.T) {
@@ -26,7 +25,7 @@ func TestHeldPort(t *testing.T) {
 			if err := os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40001"), 0); err != nil {
 				t.Fatal(err)
 			}
-			held, addr, err := holdPort(address)
+			held, addr, err := Hold(address)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -47,7 +46,7 @@ func TestHeldPort(t *testing.T) {
 			if err := held.Close(); err != nil {
 				t.Error(err)
 			}
-			if _, _, err := holdPort(addr.String()); err == nil {
+			if _, _, err := Hold(addr.String()); err == nil {
 				t.Errorf("%s has a listener, and is held", addr)
 			}
 		})

@@ -12,7 +12,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,6 +22,8 @@ import (
 	"github.com/versity/versitygw/backend/posix"
 	"github.com/versity/versitygw/embedgw"
 	"github.com/versity/versitygw/s3api"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/port"
 )
 
 const childArg = "s3test-child"
@@ -103,17 +104,15 @@ func Start(t testing.TB) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for try := 0; ; try++ {
-		addr := freeAddr(t)
-		err := s.start(self, addr)
-		if err == nil {
-			s.Endpoint = "http://" + addr
-			break
-		}
-		if try == 2 { // somebody took the port in between, three times
-			t.Fatalf("start the S3 server: %v (does TestMain call s3test.ChildMain?)", err)
-		}
+	held, addr, err := port.Hold("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer held.Close()
+	if err := s.start(self, addr.String()); err != nil {
+		t.Fatalf("start the S3 server: %v (does TestMain call s3test.ChildMain?)", err)
+	}
+	s.Endpoint = "http://" + addr.String()
 	t.Cleanup(s.Kill)
 	return s
 }
@@ -155,13 +154,4 @@ func (s *Server) Kill() {
 	s.cmd.Wait()
 	s.stdin.Close()
 	s.cmd = nil
-}
-
-func freeAddr(t testing.TB) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
