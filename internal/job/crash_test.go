@@ -135,9 +135,23 @@ func (p *pod) supervise(ctx context.Context, panics bool) int {
 
 func (p *pod) killChild() { p.signalChild(unix.SIGKILL) }
 
-// signalChild finds the sidecar that works on this pod, among the children of
-// this process (proc(5), task/*/children).
+// signalChild signals the sidecar that works on this pod. A look at the children
+// may miss one when others end meanwhile, as those of parallel tests do.
 func (p *pod) signalChild(sig unix.Signal) {
+	for range 100 {
+		if pid := p.child(); pid > 0 {
+			if err := unix.Kill(pid, sig); err != nil {
+				p.t.Error(err)
+			}
+			return
+		}
+	}
+	p.t.Error("the sidecar process was not found")
+}
+
+// child looks for the sidecar among the children of this process (proc(5),
+// task/*/children); 0: not seen.
+func (p *pod) child() int {
 	lists, err := filepath.Glob("/proc/self/task/*/children")
 	if err != nil || len(lists) == 0 {
 		p.t.Errorf("no lists of children: %v", err)
@@ -153,11 +167,8 @@ func (p *pod) signalChild(sig unix.Signal) {
 			if err != nil {
 				p.t.Error(err)
 			}
-			if err := unix.Kill(pid, sig); err != nil {
-				p.t.Error(err)
-			}
-			return
+			return pid
 		}
 	}
-	p.t.Error("the sidecar process was not found")
+	return 0
 }

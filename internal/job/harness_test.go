@@ -264,17 +264,26 @@ func (c testConfig) sidecar() config.Sidecar {
 		SSHPort:     c.SSHPort,
 		ArchiveName: "a/b ü", RootDir: filepath.Join(parent, "image-root"), BootDir: "boot", KernelName: "vmlinuz", InitrdName: "initrd", ParametersName: "kernel-parameters",
 		S3:     config.S3{Endpoint: c.S3, AccessKey: s3test.AccessKey, SecretKey: config.NewSecret(s3test.SecretKey), Bucket: c.Bucket, Verify: true},
-		IMSURL: c.IMS, Timeout: 2 * time.Second, CADir: filepath.Join(c.Dir, "ca"), AuthorizedKeys: filepath.Join(c.Dir, "keys"), ResolvConf: filepath.Join(c.Dir, "resolv.conf"),
+		IMSURL: c.IMS, Timeout: patience, CADir: filepath.Join(c.Dir, "ca"), AuthorizedKeys: filepath.Join(c.Dir, "keys"), ResolvConf: filepath.Join(c.Dir, "resolv.conf"),
 	}
+}
+
+// patience is for services that are there, however slow the machine.
+const patience = time.Minute
+
+// impatient is for a job that one of them is to fail: it does not wait for long.
+func (p *pod) impatient() {
+	p.cfg.Timeout = time.Second
+	p.store.S3 = p.newStore()
 }
 
 func storeFor(cfg config.Sidecar) (*upload.S3, error) {
 	return upload.NewS3(upload.S3Config{Endpoint: cfg.S3.Endpoint, AccessKey: cfg.S3.AccessKey, SecretKey: cfg.S3.SecretKey.Reveal(),
-		Bucket: cfg.S3.Bucket, Verify: true, PartSize: 5 << 20, Budget: time.Second, RetryPause: 5 * time.Millisecond})
+		Bucket: cfg.S3.Bucket, Verify: true, PartSize: 5 << 20, Budget: cfg.Timeout, RetryPause: 5 * time.Millisecond})
 }
 
 func clientFor(cfg config.Sidecar) (*ims.Client, error) {
-	return ims.New(ims.Config{BaseURL: cfg.IMSURL, Timeout: time.Second, RetryPause: 5 * time.Millisecond})
+	return ims.New(ims.Config{BaseURL: cfg.IMSURL, Timeout: cfg.Timeout, RetryPause: 5 * time.Millisecond})
 }
 
 func (p *pod) newStore() *upload.S3 {

@@ -180,7 +180,13 @@ func TestFaults(t *testing.T) {
 	storeConfig := func(change func(*config.S3)) func(*pod) {
 		return func(p *pod) {
 			change(&p.cfg.S3)
-			p.store.S3 = p.newStore()
+			p.impatient()
+		}
+	}
+	away := func(call string, status int) func(*pod) {
+		return func(p *pod) {
+			always(call, status)(p)
+			p.impatient()
 		}
 	}
 	for name, c := range map[string]struct {
@@ -192,7 +198,7 @@ func TestFaults(t *testing.T) {
 		"bad key":          {arrange: storeConfig(func(s *config.S3) { s.AccessKey = "nobody" }), want: failure1("S3_ACCESS_KEY")},
 		"bad secret":       {arrange: storeConfig(func(s *config.S3) { s.SecretKey = config.NewSecret("x") }), want: failure1("S3_SECRET_KEY")},
 		"missing bucket":   {arrange: storeConfig(func(s *config.S3) { s.Bucket = "no-such-bucket" }), want: failure1("does not exist")},
-		"store dies":       {arrange: func(p *pod) { p.store.put = func(string, int64) { p.s3.Kill() } }, want: failure1("S3_ENDPOINT")},
+		"store dies":       {arrange: func(p *pod) { p.impatient(); p.store.put = func(string, int64) { p.s3.Kill() } }, want: failure1("S3_ENDPOINT")},
 		"kernel missing":   {user: func(p *pod) { inRoot(p, "file boot/initrd 0644 i") }, want: failure1("/boot/vmlinuz")},
 		"kernel empty":     {user: func(p *pod) { inRoot(p, "file boot/initrd 0644 i", "file boot/vmlinuz") }, want: failure1("empty")},
 		"initrd is a FIFO": {user: func(p *pod) { inRoot(p, "file boot/vmlinuz 0644 k", "fifo boot/initrd") }, want: failure1("FIFO")},
@@ -206,8 +212,8 @@ func TestFaults(t *testing.T) {
 		"IMS has no image":    {arrange: always("POST images", 400), want: failure1("on demand")},
 		"IMS lost an answer":  {arrange: always("POST images", -1), want: failure1("reach IMS")},
 		"link refused":        {arrange: always("PATCH images link", 422), want: failure1("link the image")},
-		"link unavailable":    {arrange: always("PATCH images link", 503), want: failure1("link the image")},
-		"job refuses image":   {arrange: always("PATCH jobs resultant_image_id", 500), want: failure1("tell the job")},
+		"link unavailable":    {arrange: away("PATCH images link", 503), want: failure1("link the image")},
+		"job refuses image":   {arrange: away("PATCH jobs resultant_image_id", 500), want: failure1("tell the job")},
 		"remote build":        {arrange: func(p *pod) { p.cfg.RemoteBuildNode = "x3000" }, want: failure1("x3000")},
 		"unknown action":      {arrange: func(p *pod) { p.cfg.Action = "destroy" }, want: failure1("destroy")},
 		"no image root":       {arrange: func(p *pod) { os.RemoveAll(p.cfg.RootDir) }, want: failure1("image-root")},
@@ -263,6 +269,7 @@ func TestServiceReturns(t *testing.T) {
 // run only reports.
 func TestLastStatus(t *testing.T) {
 	p := newPod(t)
+	p.impatient()
 	down := true
 	p.ims.intercept(func(call string) int {
 		if down && call == "PATCH jobs status=success" {
