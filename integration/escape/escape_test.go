@@ -181,6 +181,23 @@ func (c *container) race() result {
 	c.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
+	// The client first: what is swapped while it logs in is swapped for nobody.
+	server := c.ssh(ctx, "-s", "sftp")
+	in, err := server.StdinPipe()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	out, err := server.StdoutPipe()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		c.t.Fatal(err)
+	}
+	client, err := sftp.NewClientPipe(out, in)
+	if err != nil {
+		c.t.Fatal(err)
+	}
 	const seconds = 2
 	up := strings.Repeat("../", 20)
 	swap := c.ssh(ctx, fmt.Sprintf("mkdir -p /tmp/race/a && cd /tmp/race && echo inside > a/client-secret && ln -s %setc/admin-client-auth b && "+
@@ -202,22 +219,6 @@ func (c *container) race() result {
 		over <- string(line[:n])
 	}()
 
-	server := c.ssh(ctx, "-s", "sftp")
-	in, err := server.StdinPipe()
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	out, err := server.StdoutPipe()
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	if err := server.Start(); err != nil {
-		c.t.Fatal(err)
-	}
-	client, err := sftp.NewClientPipe(out, in)
-	if err != nil {
-		c.t.Fatal(err)
-	}
 	got, tries, inside := result{}, 0, 0
 	for running := true; running; tries++ {
 		select {
