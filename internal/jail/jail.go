@@ -117,6 +117,9 @@ type Jail struct {
 
 	done chan struct{} // closed when init has been reaped
 
+	// killWait is how long init may take beyond the grace that Stop gives.
+	killWait time.Duration
+
 	mu       sync.Mutex
 	lastID   uint32
 	pending  map[uint32]chan packet // requests without an answer

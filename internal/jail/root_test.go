@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -31,6 +32,9 @@ const podEnv = "IMS_BUILDENV_TEST_POD"
 // cgroupEnv names the control group such a process joins first.
 const cgroupEnv = "IMS_BUILDENV_TEST_CGROUP"
 
+// holdEnv names the process that a re-executed test binary holds still.
+const holdEnv = "IMS_BUILDENV_TEST_HOLD"
+
 // podCaps is the default set of container runtimes.
 const podCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FSETID | 1<<unix.CAP_FOWNER | 1<<unix.CAP_MKNOD |
 	1<<unix.CAP_NET_RAW | 1<<unix.CAP_SETGID | 1<<unix.CAP_SETUID | 1<<unix.CAP_SETFCAP | 1<<unix.CAP_SETPCAP |
@@ -38,6 +42,13 @@ const podCaps = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FSETI
 
 func TestMain(m *testing.M) {
 	ChildMain()
+	if pid, err := strconv.Atoi(os.Getenv(holdEnv)); err == nil {
+		if err := holdMain(pid); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	testkit.HideProfile()
 	if kind := os.Getenv(podEnv); kind == "cut" || kind == "filter" {
 		if group := os.Getenv(cgroupEnv); group != "" {

@@ -80,7 +80,7 @@ func establish(ctx context.Context, cfg Config, level Level) (_ *Jail, err error
 		return nil, err
 	}
 	j := &Jail{
-		log: cfg.Log, level: level, dir: dir, done: make(chan struct{}), stopDone: make(chan struct{}),
+		log: cfg.Log, level: level, dir: dir, done: make(chan struct{}), stopDone: make(chan struct{}), killWait: killWait,
 		pending: make(map[uint32]chan packet), running: make(map[uint32]*Process),
 	}
 	defer func() {

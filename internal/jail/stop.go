@@ -40,7 +40,7 @@ func (j *Jail) stop(ctx context.Context, grace time.Duration) (killed []string, 
 	defer stopHurry()
 
 	// An init that hangs ends nobody: it is killed, and what it leaves is hunted from here.
-	hung := time.AfterFunc(max(grace, 0)+2*killWait, func() { _ = j.proc.Kill() })
+	hung := time.AfterFunc(max(grace, 0)+2*j.killWait, func() { _ = j.proc.Kill() })
 	defer hung.Stop()
 
 	var errs []error
@@ -60,7 +60,7 @@ func (j *Jail) stop(ctx context.Context, grace time.Duration) (killed []string, 
 	j.conn.close()
 	select {
 	case <-j.done:
-	case <-time.After(killWait):
+	case <-time.After(j.killWait):
 		if j.level != Namespaces && err == nil {
 			// Init still hunts; without it nobody would.
 			errs = append(errs, errors.New("sessions do not end"))

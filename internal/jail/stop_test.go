@@ -8,8 +8,11 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -175,6 +178,98 @@ func TestStopInitStopped(t *testing.T) {
 		}
 		expectQuiet(t, root, level)
 	})
+}
+
+// TestStopInitHangs promises that Stop returns although init does nothing any more, and no signal but SIGKILL changes that.
+func TestStopInitHangs(t *testing.T) {
+	eachLevel(t, func(t *testing.T, level Level) {
+		root := newRoot(t)
+		var log strings.Builder
+		j := startJail(t, Config{Root: root, Level: level, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		j.killWait = 100 * time.Millisecond
+		p, err := j.Spawn(Request{Kind: Exec, Command: "trap '' TERM; setsid sleep 1000 & touch " + rootPrefix(level, root) + "/tmp/up; wait"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "it runs", func() bool { return exists(filepath.Join(root, "tmp/up")) })
+		ended := holdStill(t, j.proc.Pid)
+		killed, err := j.Stop(t.Context(), time.Millisecond)
+		if err != nil {
+			t.Errorf("stop: %v", err)
+		}
+		if err := ended(); err != nil {
+			t.Errorf("the holder: %v", err)
+		}
+		if names := strings.Join(killed, " "); level != Namespaces && (!strings.Contains(names, "bash[") || !strings.Contains(names, "sleep[")) {
+			t.Errorf("killed: %v", killed)
+		}
+		if !strings.Contains(log.String(), "jail init could not end the sessions") {
+			t.Errorf("init answered:\n%s", &log)
+		}
+		if e := p.Wait(); !errors.Is(e.Err, ErrStopped) {
+			t.Errorf("the session ended with %+v", e)
+		}
+		expectQuiet(t, root, level)
+	})
+}
+
+// holdStill has another process stop every thread of pid as a debugger does, which SIGCONT does not end. That one ends when
+// pid has; ended waits for it.
+func holdStill(t *testing.T, pid int) (ended func() error) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), holdEnv+"="+fmt.Sprint(pid))
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := out.Read(make([]byte, 1)); n != 1 {
+		t.Fatalf("process %d is not held: %v, %v", pid, err, cmd.Wait())
+	}
+	return cmd.Wait
+}
+
+// holdMain is the debugger: it tells on stdout when all threads are stopped, and ends when all of them have.
+func holdMain(pid int) error {
+	runtime.LockOSThread()
+	held := map[int]bool{}
+	for again := true; again; {
+		again = false
+		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil {
+			return err
+		}
+		for _, e := range threads {
+			tid, err := strconv.Atoi(e.Name())
+			if err != nil || held[tid] {
+				continue
+			}
+			held[tid], again = true, true // those not stopped yet may start more
+			if err := unix.PtraceSeize(tid); err != nil {
+				return fmt.Errorf("seize thread %d: %w", tid, err)
+			}
+			if err := unix.PtraceInterrupt(tid); err != nil {
+				return fmt.Errorf("interrupt thread %d: %w", tid, err)
+			}
+			if _, err := unix.Wait4(tid, nil, unix.WALL, nil); err != nil {
+				return fmt.Errorf("wait for thread %d: %w", tid, err)
+			}
+		}
+	}
+	if _, err := os.Stdout.WriteString("h"); err != nil {
+		return err
+	}
+	for {
+		if _, err := unix.Wait4(-1, nil, unix.WALL, nil); errors.Is(err, unix.ECHILD) {
+			return nil
+		} else if err != nil && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
 
 // TestStopForkChain promises the same. ATTACK: a process that never exists for longer than a fork takes.
