@@ -325,7 +325,14 @@ var keywords = map[string]keyword{
 	"denygroups":            {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.DenyGroups })},
 	"permittty":             {match: true, parse: yesno(func(s *Settings) *bool { return &s.PermitTTY })},
 	"permituserenvironment": {parse: text(func(s *Settings) *string { return &s.PermitUserEnv })},
-	"acceptenv":             {list: true, match: true, parse: words(func(s *Settings) *[]string { return &s.AcceptEnv })},
+	"acceptenv": {list: true, match: true, parse: func(args []string) (func(*Settings), error) {
+		for _, a := range args {
+			if strings.Contains(a, "=") {
+				return nil, fmt.Errorf("invalid environment name %q: values are for SetEnv", a)
+			}
+		}
+		return func(s *Settings) { s.AcceptEnv = append(s.AcceptEnv, args...) }, nil
+	}},
 	"setenv": {match: true, parse: func(args []string) (func(*Settings), error) {
 		for _, a := range args {
 			if n, _, ok := strings.Cut(a, "="); !ok || n == "" {
@@ -385,26 +392,34 @@ var keywords = map[string]keyword{
 	"include": {match: true},
 
 	// Without effect here. True: allowed in a Match block (SSHCFG_ALL in servconf.c).
+	"afstokenpassing":                 {},
 	"authorizedkeyscommand":           {match: true, missed: true},
 	"authorizedkeyscommanduser":       {match: true},
+	"authorizedkeysfile2":             {match: true},
 	"authorizedprincipalscommanduser": {match: true},
 	"challengeresponseauthentication": {match: true, missed: true},
 	"channeltimeout":                  {match: true, missed: true},
 	"checkmail":                       {},
 	"compression":                     {},
+	"debianbanner":                    {},
 	"dsaauthentication":               {},
 	"exposeauthinfo":                  {match: true, missed: true},
 	"fingerprinthash":                 {},
 	"gssapiauthentication":            {match: true, missed: true},
 	"gssapicleanupcredentials":        {},
+	"gssapicleanupcreds":              {},
 	"gssapienablek5users":             {match: true},
+	"gssapikexalgorithms":             {},
 	"gssapikeyexchange":               {},
 	"gssapistorecredentialsonrekey":   {},
 	"gssapistrictacceptorcheck":       {},
+	"gssapiusesessioncredcache":       {},
+	"gssusesessionccache":             {},
 	"hostbasedacceptedalgorithms":     {match: true},
 	"hostbasedacceptedkeytypes":       {match: true},
 	"hostbasedauthentication":         {match: true, missed: true},
 	"hostbasedusesnamefrompacketonly": {match: true},
+	"hostdsakey":                      {},
 	"hostkeyagent":                    {missed: true},
 	"ignorerhosts":                    {match: true},
 	"ignoreuserknownhosts":            {},
@@ -413,12 +428,16 @@ var keywords = map[string]keyword{
 	"kerberosauthentication":          {match: true, missed: true},
 	"kerberosgetafstoken":             {},
 	"kerberosorlocalpasswd":           {},
+	"kerberostgtpassing":              {},
 	"kerberosticketcleanup":           {},
 	"keyregenerationinterval":         {},
 	"logverbose":                      {match: true},
 	"modulifile":                      {},
+	"pamauthenticationviakbdint":      {},
 	"passwordauthentication":          {match: true, missed: true},
+	"permitblacklistedkeys":           {},
 	"permitemptypasswords":            {match: true},
+	"permittunnel":                    {match: true, missed: true},
 	"permituserrc":                    {match: true},
 	"persourcemaxstartups":            {missed: true},
 	"persourcenetblocksize":           {},
@@ -427,6 +446,8 @@ var keywords = map[string]keyword{
 	"pidfile":                         {},
 	"protocol":                        {},
 	"rdomain":                         {match: true, missed: true},
+	"reversemappingcheck":             {},
+	"rhostsauthentication":            {},
 	"rhostsrsaauthentication":         {match: true},
 	"rsaauthentication":               {},
 	"securitykeyprovider":             {},
@@ -504,13 +525,16 @@ func parseStartups(args []string) (func(*Settings), error) {
 	if len(parts) != 1 && len(parts) != 3 {
 		return nil, fmt.Errorf("invalid specification %q: want NUMBER or START:RATE:FULL", a)
 	}
-	var n int
-	for _, p := range parts {
-		if n, err = atoi(p, 1, math.MaxInt32); err != nil {
+	var n [3]int
+	for i, p := range parts {
+		if n[i], err = atoi(p, 1, math.MaxInt32); err != nil {
 			return nil, err
 		}
 	}
-	return func(s *Settings) { s.MaxStartups = n }, nil
+	if start, rate, full := n[0], n[1], n[2]; len(parts) == 3 && (start > full || rate > 100) {
+		return nil, fmt.Errorf("invalid specification %q: START is above FULL, or RATE above 100", a)
+	}
+	return func(s *Settings) { s.MaxStartups = n[len(parts)-1] }, nil
 }
 
 // parseRekeyLimit reads an amount of data with an optional K, M or G, and a time, which is checked but has

@@ -218,7 +218,7 @@ func (p *parser) include(from string, patterns []string) error {
 	p.outer = block
 	defer func() { p.outer = outer }()
 	for _, pat := range patterns {
-		if !filepath.IsAbs(pat) {
+		if pat = filepath.Clean(pat); !filepath.IsAbs(pat) {
 			pat = filepath.Join(filepath.Dir(from), pat)
 		}
 		files, err := filepath.Glob(pat)
@@ -226,6 +226,9 @@ func (p *parser) include(from string, patterns []string) error {
 			return &Error{File: from, Err: fmt.Errorf("Include %s: %w", pat, err)}
 		}
 		for _, f := range files {
+			if hidden(pat, f) {
+				continue
+			}
 			if err := p.file(f, depth+1); err != nil {
 				return err
 			}
@@ -233,6 +236,18 @@ func (p *parser) include(from string, patterns []string) error {
 		}
 	}
 	return nil
+}
+
+// hidden reports whether a name that starts with a dot was found by a pattern that does not, which glob(3) passes over. A
+// mounted ConfigMap has such names: ..data, and the directory that it is a link to.
+func hidden(pattern, path string) bool {
+	patterns := strings.Split(pattern, "/")
+	for i, name := range strings.Split(path, "/") {
+		if strings.HasPrefix(name, ".") && i < len(patterns) && !strings.HasPrefix(patterns[i], ".") {
+			return true
+		}
+	}
+	return false
 }
 
 // settings returns what holds for all peers, with the directives for some of them.

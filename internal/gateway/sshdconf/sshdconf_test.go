@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 )
 
 // legacy is what the legacy sidecar writes and the legacy entrypoint appends.
@@ -49,8 +52,8 @@ func TestLegacyFile(t *testing.T) {
 
 // TestMissed: what asks for something that is not done is told apart from what asks for nothing.
 func TestMissed(t *testing.T) {
-	s, err := Parse("sshd_config", []byte("X11Forwarding yes\nPasswordAuthentication no\nAuthorizedKeysCommand none\nHostKeyAgent /agent\nUsePAM yes\n"))
-	if err != nil || !slices.Equal(s.Missed, []string{"X11Forwarding", "HostKeyAgent"}) || len(s.Ignored) != 3 {
+	s, err := Parse("sshd_config", []byte("X11Forwarding yes\nPasswordAuthentication no\nAuthorizedKeysCommand none\nHostKeyAgent /agent\nUsePAM yes\nMatch all\nPermitTunnel point-to-point\n"))
+	if err != nil || !slices.Equal(s.Missed, []string{"X11Forwarding", "HostKeyAgent", "PermitTunnel"}) || len(s.Ignored) != 3 {
 		t.Errorf("missed %q, ignored %q, %v", s.Missed, s.Ignored, err)
 	}
 }
@@ -128,6 +131,9 @@ func TestRefusals(t *testing.T) {
 		{"LoginGraceTime 99999w", "invalid time value"},
 		{"LogLevel LOUD", "unsupported log level"},
 		{"MaxStartups 1:2", "MaxStartups"},
+		{"MaxStartups 10:101:60", "RATE"},
+		{"MaxStartups 60:30:10", "START"},
+		{"AcceptEnv LANG A=B", "SetEnv"},
 		{"RekeyLimit 15", "RekeyLimit"},
 		{"RekeyLimit 1T", "RekeyLimit"},
 		{"RecordRedact a b", "quotes"},
@@ -199,9 +205,51 @@ func TestLoad(t *testing.T) {
 	if _, err := Load("", []string{"Prot=22"}); err == nil || !strings.Contains(err.Error(), "command line") {
 		t.Errorf("bad -o: %v", err)
 	}
+	// A mounted ConfigMap, and how its files would be found by name.
+	os.MkdirAll(filepath.Join(dir, "mount/..2026_01_01"), 0o700)
+	write("mount/..2026_01_01/a.conf", "MaxSessions 8\n")
+	write("mount/.b.conf", "MaxSessions 9\n")
+	for name, to := range map[string]string{"..data": "..2026_01_01", "a.conf": "..data/a.conf"} {
+		if err := os.Symlink(to, filepath.Join(dir, "mount", name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for pattern, want := range map[string]int{"mount/*": 8, "mount/*/*": 1000, "mount/.b*": 9, "*/..data/*": 8, ".//mount/../mount/*": 8} {
+		if s, err := Load(write("mounted", "Include "+pattern+"\n"), nil); err != nil || s.MaxSessions != want {
+			t.Errorf("Include %s: %v, want MaxSessions %d: %+v", pattern, err, want, s)
+		}
+	}
 	loop := write("loop", "Include loop\n")
 	if _, err := Load(loop, nil); err == nil || !strings.Contains(err.Error(), "nested") {
 		t.Errorf("endless Include: %v", err)
+	}
+}
+
+// TestEveryKeyword: the machine's sshd tells its own settings, which is a file that sets each keyword.
+func TestEveryKeyword(t *testing.T) {
+	testkit.NeedRoot(t)
+	testkit.NeedTool(t, "sshd", "ssh-keygen")
+	sshd, err := exec.LookPath("sshd") // it demands to be called by an absolute path
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll("/run/sshd", 0o755); err != nil { // what Debian's service makes
+		t.Fatal(err)
+	}
+	key := filepath.Join(t.TempDir(), "host")
+	if out, err := exec.Command("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key).CombinedOutput(); err != nil {
+		t.Fatalf("ssh-keygen: %v: %s", err, out)
+	}
+	text, err := exec.Command(sshd, "-T", "-f", "/dev/null", "-h", key).Output()
+	if err != nil {
+		t.Fatalf("sshd -T: %v", err)
+	}
+	s, err := Parse("sshd -T", text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.MaxAuthTries != 6 || !slices.Contains(s.Ignored, "permittunnel") {
+		t.Errorf("%d lines give %+v", strings.Count(string(text), "\n"), s)
 	}
 }
 
