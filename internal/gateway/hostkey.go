@@ -21,15 +21,11 @@ import (
 )
 
 // hostKeys returns the server's identity: the HostKey files of sshd_config when there are
-// any, of which each must be usable, else a key of our own, made once and kept in dir.
+// any, else a key of our own, made once and kept in dir.
 func hostKeys(set *sshdconf.Settings, dir string, log *slog.Logger) ([]ssh.Signer, error) {
-	var keys []ssh.Signer
-	for _, f := range set.HostKeys {
-		k, err := loadHostKey(f)
-		if err != nil {
-			return nil, err
-		}
-		keys = append(keys, k)
+	keys, err := givenHostKeys(set)
+	if err != nil {
+		return nil, err
 	}
 	if len(keys) == 0 {
 		own, err := ownHostKey(dir)
@@ -48,6 +44,19 @@ func hostKeys(set *sshdconf.Settings, dir string, log *slog.Logger) ([]ssh.Signe
 		}
 		log.Info("host certificate", "file", f)
 		keys = append(keys, c)
+	}
+	return keys, nil
+}
+
+// givenHostKeys loads the HostKey files, of which each must be usable.
+func givenHostKeys(set *sshdconf.Settings) ([]ssh.Signer, error) {
+	var keys []ssh.Signer
+	for _, f := range set.HostKeys {
+		k, err := loadHostKey(f)
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, k)
 	}
 	return keys, nil
 }

@@ -279,6 +279,9 @@ func TestMainCommandLine(t *testing.T) {
 		{"", "-t -D -e -q -u0 -4 -p 2022 -o MaxSessions=5 -f " + conf, 0, "configuration is usable"},
 		{"", "-t -f /no/such", 1, "/no/such"},
 		{"", "-t -o Nonsense=1 -f " + conf, 1, "Nonsense"},
+		{"", "-t -h /no/key -f " + conf, 1, "HostKey: open /no/key"},
+		{"", "-t -h " + k.path + " -f " + conf, 0, "configuration is usable"},
+		{"", "-t -h " + k.path + " -o HostCertificate=" + keys + " -f " + conf, 1, "not a host certificate"},
 		{"", "-t -f " + conf + " -E " + dir + "/log", 0, "configuration is usable"},
 	} {
 		t.Setenv("SSHD_OPTIONS", tt.env)

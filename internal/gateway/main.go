@@ -73,7 +73,7 @@ func newFlags() *flags {
 	s.BoolVarP(&f.v4, "ipv4", "4", false, "listen on IPv4 only")
 	s.BoolVarP(&f.v6, "ipv6", "6", false, "listen on IPv6 only")
 	s.CountVarP(&f.debug, "debug", "d", "log in detail")
-	s.BoolVarP(&f.test, "test", "t", false, "check sshd_config and authorized_keys, then exit")
+	s.BoolVarP(&f.test, "test", "t", false, "check sshd_config, authorized_keys and host keys, then exit")
 	s.BoolP("foreground", "D", true, "stay in the foreground, as it always does")
 	s.BoolP("stderr", "e", true, "log to standard error, as it always does")
 	for _, n := range []string{"q", "i", "r"} {
@@ -184,6 +184,15 @@ func check(_ context.Context, cfg Config) error {
 	set, err := LoadSettings(cfg)
 	if err != nil {
 		return err
+	}
+	given, err := givenHostKeys(set)
+	if err != nil {
+		return err
+	}
+	for _, f := range set.HostCertificates {
+		if _, err := certify(f, given); err != nil {
+			return err
+		}
 	}
 	n, err := checkKeys(set, cfg.Log.Warn)
 	if err == nil {
