@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -157,9 +158,7 @@ func (k *Key) option(o string) error {
 		return fmt.Errorf("unknown key option %q", o)
 	}
 	switch name {
-	case "tunnel":
-		return fmt.Errorf("option %q is not supported by this server", name)
-	case "command", "environment", "from", "expiry-time", "permitopen", "permitlisten", "principals":
+	case "command", "environment", "from", "expiry-time", "permitopen", "permitlisten", "principals", "tunnel":
 	default:
 		return fmt.Errorf("unknown key option %q", name)
 	}
@@ -228,6 +227,10 @@ func (k *Key) value(name, v string) error {
 		k.Principals = slices.DeleteFunc(strings.Split(v, ","), func(p string) bool { return p == "" })
 	case "permitlisten":
 		return permit(&k.PermitListen, v, true)
+	case "tunnel": // says which device a tunnel gets, and this server makes none
+		if _, err := strconv.ParseInt(v, 10, 32); err != nil && v != "any" {
+			return fmt.Errorf("invalid tun device %q: want a number or any", v)
+		}
 	}
 	return nil
 }

@@ -117,6 +117,7 @@ func TestOptions(t *testing.T) {
 		{`permitopen="h:1",permitopen="h:2",permitlisten="8080"`, func(k Key) bool { return len(k.PermitOpen) == 2 && len(k.PermitListen) == 1 }},
 		{`cert-authority,principals="x,y"`, func(k Key) bool { return k.CertAuthority && reflect.DeepEqual(k.Principals, []string{"x", "y"}) }},
 		{`cert-authority,principals=""`, func(k Key) bool { return k.Principals != nil && len(k.Principals) == 0 }},
+		{`tunnel="0",no-pty`, func(k Key) bool { return !k.PTY }},
 		{"no-touch-required", func(k Key) bool { return k.NoTouchRequired }},
 	} {
 		k, err := line(tt.opts)
@@ -127,7 +128,7 @@ func TestOptions(t *testing.T) {
 	for _, opts := range []string{
 		"no-pty,frobnicate", `command="a",command="b"`, `command=a`, `command="a`, `from="10.0.0.1/8"`, `from=""`, `from="a",from="b"`,
 		`environment="A"`, `environment="A B=1"`, `expiry-time="tomorrow"`, `expiry-time="20301301"`, `principals="x"`, `cert-authority,principals="x",principals="y"`,
-		"verify-required", `tunnel="0"`, `permitopen="h"`, `permitopen="none"`, `permitopen="h:0"`, `permitlisten="x"`, `pty="yes"`, "command",
+		"verify-required", `tunnel="tun0"`, `permitopen="h"`, `permitopen="none"`, `permitopen="h:0"`, `permitlisten="x"`, `pty="yes"`, "command",
 	} {
 		if k, err := line(opts); err == nil {
 			t.Errorf("%s was accepted: %+v", opts, k)
