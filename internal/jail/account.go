@@ -153,7 +153,9 @@ func (a *account) environment(defaults []string, shell, home, ttyName string, re
 		"HOME=" + home, "USER=" + a.name, "LOGNAME=" + a.name, "SHELL=" + shell, "MAIL=/var/mail/" + a.name,
 	})
 	if req.tty != nil {
-		pairs = append(pairs, "TERM="+req.tty.Term)
+		if req.tty.Term != "" { // a client without TERM; bash makes it dumb then
+			pairs = append(pairs, "TERM="+req.tty.Term)
+		}
 		if ttyName != "" {
 			pairs = append(pairs, "SSH_TTY="+ttyName)
 		}

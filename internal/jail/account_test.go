@@ -56,6 +56,12 @@ func TestEnvironmentOrder(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
+	for term, want := range map[string]bool{"xterm": true, "": false} {
+		got := a.environment(nil, "/bin/sh", "/root", "/dev/pts/1", &spawnMsg{tty: &TTY{Term: term}}, nil)
+		if slices.Contains(got, "TERM="+term) != want || !slices.Contains(got, "SSH_TTY=/dev/pts/1") {
+			t.Errorf("on a terminal of type %q: %q", term, got)
+		}
+	}
 }
 
 // FuzzAccount: whatever the image's files hold, there is a usable account.
