@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -157,6 +158,22 @@ func TestOnePackageComment(t *testing.T) {
 		if len(documented) != 1 {
 			t.Errorf("%s: package comments in %v, want exactly one", p.ImportPath, documented)
 		}
+	}
+}
+
+// TestCryptoFloor: releases of the SSH library before this one have known holes, and gliderlabs/ssh asks for an older one.
+func TestCryptoFloor(t *testing.T) {
+	const least = 55
+	text, err := os.ReadFile("../../go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`(?m)^\s+golang\.org/x/crypto v0\.(\d+)\.`).FindSubmatch(text)
+	if m == nil {
+		t.Fatal("go.mod does not require a v0 of golang.org/x/crypto")
+	}
+	if minor, err := strconv.Atoi(string(m[1])); err != nil || minor < least {
+		t.Errorf("golang.org/x/crypto v0.%s: want v0.%d at least", m[1], least)
 	}
 }
 
