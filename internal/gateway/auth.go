@@ -200,6 +200,9 @@ func checkPeers(set *sshdconf.Settings) error {
 	}{{"AllowUsers", set.AllowUsers}, {"DenyUsers", set.DenyUsers}} {
 		for _, p := range l.patterns {
 			if _, host, atHost := strings.Cut(p, "@"); atHost {
+				if host == "" {
+					return fmt.Errorf("sshd_config: %s %s: no address after @", l.keyword, p)
+				}
 				if _, err := sshdconf.MatchAddress(netip.IPv4Unspecified(), host); err != nil {
 					return fmt.Errorf("sshd_config: %s %s: %w", l.keyword, p, err)
 				}

@@ -221,7 +221,7 @@ func TestKeyOptions(t *testing.T) {
 
 // TestPeersOfUsers: an address that would match nobody is told when the file is read.
 func TestPeersOfUsers(t *testing.T) {
-	for _, bad := range []string{"DenyUsers root@10.0.0.0/33", "AllowUsers root@10.0.0.1/8"} {
+	for _, bad := range []string{"DenyUsers root@10.0.0.0/33", "AllowUsers root@10.0.0.1/8", "DenyUsers root@"} {
 		if _, err := LoadSettings(Config{Options: []string{bad}, Log: quietServer().log}); err == nil || !strings.Contains(err.Error(), bad) {
 			t.Errorf("%s: %v", bad, err)
 		}
