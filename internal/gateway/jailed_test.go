@@ -124,6 +124,25 @@ func TestJailed(t *testing.T) {
 	if out, _ := execute(t, c, "cat /tmp/up"); out != "uploaded\n" {
 		t.Errorf("the uploaded file holds %q", out)
 	}
+	// No shell stands between the client and SFTP: what root's shell or its profile says would be taken for the protocol.
+	passwd := filepath.Join(j.parent, "image-root/etc/passwd")
+	was, err := os.ReadFile(passwd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	noisy := "#!/bin/sh\necho welcome\nexec /bin/sh \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(j.parent, "image-root/usr/bin/noisy"), []byte(noisy), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	j.write(passwd, "root:x:0:0:root:/root:/bin/noisy\n")
+	if out, _ := execute(t, c, "echo command"); out != "welcome\ncommand\n" {
+		t.Errorf("the noisy shell: %q", out)
+	}
+	j.write(batch, fmt.Sprintf("get /tmp/up %s/back\n", dir))
+	if out, errs, code := run(t, j.tool("sftp", "-b", batch, host)); code != 0 {
+		t.Errorf("sftp with a noisy shell: %d %s%s", code, out, errs)
+	}
+	j.write(passwd, string(was))
 	if st, err := os.Stat(j.parent); err != nil || st.Mode().Perm() != 0o755 {
 		t.Errorf("the parent: %v, %v", st.Mode(), err)
 	}
