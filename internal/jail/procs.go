@@ -184,10 +184,11 @@ func (h herd) end(grace time.Duration, hurry <-chan struct{}) (killed, left []st
 	}
 }
 
-// ask sends the polite signals, to those that appear later as well, and reports whether all went in time.
+// ask sends the polite signals, to those that appear later as well, and reports whether all went in time. SIGHUP follows a
+// look after SIGTERM: at its prompt bash notes only the last of two that come at once, and ignores the latter.
 func (h herd) ask(grace time.Duration, hurry <-chan struct{}) bool {
 	deadline := time.After(grace)
-	asked := make(map[procInfo]bool)
+	asked := make(map[procInfo]int) // how often
 	tick := time.NewTicker(killPoll)
 	defer tick.Stop()
 	for {
@@ -197,14 +198,15 @@ func (h herd) ask(grace time.Duration, hurry <-chan struct{}) bool {
 		}
 		for _, p := range procs {
 			key := procInfo{pid: p.pid, start: p.start}
-			if asked[key] {
+			switch n := asked[key]; {
+			case n == 0:
+				unix.Kill(p.pid, unix.SIGTERM)
+			case n == 1 && p.tty != 0:
+				unix.Kill(p.pid, unix.SIGHUP)
+			default:
 				continue
 			}
-			asked[key] = true
-			unix.Kill(p.pid, unix.SIGTERM)
-			if p.tty != 0 {
-				unix.Kill(p.pid, unix.SIGHUP)
-			}
+			asked[key]++
 			unix.Kill(p.pid, unix.SIGCONT)
 		}
 		select {
