@@ -205,6 +205,23 @@ func TestKeyOptions(t *testing.T) {
 			t.Errorf("subsystem with command=: %q", b)
 		}
 	}
+	sftp := dial("sftp")
+	var exit *ssh.ExitError
+	if out, err := newSession(t, sftp).CombinedOutput("scp -t /tmp"); !errors.As(err, &exit) || exit.ExitStatus() != 1 || string(out) != "This service allows sftp connections only.\n" {
+		t.Errorf("a command with internal-sftp forced: %q, %v", out, err)
+	}
+	s = newSession(t, sftp)
+	in, _ := s.StdinPipe()
+	out, _ := s.StdoutPipe()
+	if err := s.RequestSubsystem("sftp"); err != nil {
+		t.Errorf("sftp with internal-sftp forced: %v", err)
+	}
+	in.Write([]byte{0, 0, 0, 5, 1, 0, 0, 0, 3}) // SSH_FXP_INIT, version 3
+	if b := make([]byte, 9); true {
+		if _, err := io.ReadFull(out, b); err != nil || b[4] != 2 {
+			t.Errorf("sftp with internal-sftp forced: %v, %v", b, err)
+		}
+	}
 	if out, _ := execute(t, dial("env"), "echo $FROM_KEY $IMS_JOB_ID"); out != "a b 11111111-2222-3333-4444-555555555555\n" {
 		t.Errorf("environment=: %q", out)
 	}

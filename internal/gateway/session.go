@@ -36,6 +36,7 @@ type session struct {
 	envBytes int
 	started  bool
 	forced   bool // by command= or ForceCommand: signals are refused, as in sshd
+	subsys   bool // a subsystem was asked for
 	signals  chan unix.Signal
 
 	events  chan struct{} // from the pumps
@@ -262,6 +263,7 @@ func (ss *session) startSubsystem(name string) (func(), error) {
 	if !ok {
 		return nil, fmt.Errorf("no subsystem %s", quoteShort(name))
 	}
+	ss.subsys = true
 	return ss.start(jail.Exec, command)
 }
 
@@ -280,6 +282,10 @@ func (ss *session) start(kind jail.Kind, command string) (func(), error) {
 		ss.forced, original, req.Kind, req.Command = true, command, jail.Exec, key.Command
 	}
 	if args, ok := sftpArguments(req.Command); ok && req.Kind == jail.Exec {
+		if ss.forced && !ss.subsys {
+			ss.started = true
+			return ss.sftpOnly, nil
+		}
 		req.Kind, req.Command, req.TTY = jail.SFTP, args, nil
 	}
 	req.Env, req.SetEnv = ss.environment(original)
@@ -378,14 +384,23 @@ func (ss *session) spawn(req jail.Request) (func(), error) {
 	return func() { ss.run(running, stdin, req.TTY != nil) }, nil
 }
 
+// sftpOnly ends a session that asked for a command or a shell where internal-sftp is forced: the two sides would wait for
+// each other for ever, and scp -O does. The words are sshd's.
+func (ss *session) sftpOnly() { ss.endWith("This service allows sftp connections only.", 1) }
+
 // exitNotExecutable is what a shell returns when a command cannot be executed (POSIX sh).
 const exitNotExecutable = 126
 
 // tooLong ends a session whose command the kernel cannot execute, as a shell would. To
 // refuse the request would look like a broken connection to Ansible.
 func (ss *session) tooLong() {
-	fmt.Fprintln(ss.ch.Stderr(), "sshd: the command is too long to be executed")
-	ss.sendExit(jail.Exit{Code: exitNotExecutable})
+	ss.endWith("sshd: the command is too long to be executed", exitNotExecutable)
+}
+
+// endWith ends a session that has no command.
+func (ss *session) endWith(message string, code int) {
+	fmt.Fprintln(ss.ch.Stderr(), message)
+	ss.sendExit(jail.Exit{Code: code})
 	ss.ch.CloseWrite()
 	ss.c.release(ss)
 	ss.ch.Close()
