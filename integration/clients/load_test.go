@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -54,6 +55,9 @@ func TestRekey(t *testing.T) {
 // A command that says nothing for many intervals of both sides' keepalives.
 func TestKeepalives(t *testing.T) {
 	g := own(t, settings{level: plain, options: "ClientAliveInterval 1\nClientAliveCountMax 2"})
+	if err := g.cmd.Process.Signal(syscall.SIGHUP); err != nil { // has OpenSSH's sshd read its file again; the job goes on
+		t.Fatal(err)
+	}
 	out, errs, code := run(t, g.tool(t, "ssh", "-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=2", "job", "sleep 5; echo still here"))
 	if out != "still here\n" || code != 0 {
 		t.Errorf("%q, %q, %d", out, errs, code)
