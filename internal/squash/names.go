@@ -54,7 +54,7 @@ func (r *nameReader) list(more func(names []string) (_ []string, bytes int, err 
 	spill := func() error {
 		slices.Sort(l.names)
 		for _, name := range l.names {
-			if err := r.runs.write(append(binary.LittleEndian.AppendUint16(nil, uint16(len(name))), name...)); err != nil {
+			if err := r.runs.write(appendName(nil, name)); err != nil {
 				return err
 			}
 		}
@@ -99,6 +99,11 @@ func (r *nameReader) list(more func(names []string) (_ []string, bytes int, err 
 	heap.Init(&l.runs)
 	l.names = nil
 	return l, err
+}
+
+// appendName appends a name behind its length.
+func appendName(dst []byte, name string) []byte {
+	return append(binary.LittleEndian.AppendUint16(dst, uint16(len(name))), name...)
 }
 
 // next returns the next name, if there is one.

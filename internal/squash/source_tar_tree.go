@@ -20,7 +20,7 @@ type tarTree struct {
 	texts  stream // of names
 	inodes region // tarInode
 	count  int    // of inodes
-	metas  stream // the rest of them, as appendEntry has it
+	metas  stream // the rest of them, as set writes it
 	sums   summer
 	buf    []byte
 }
@@ -186,7 +186,7 @@ func (t *tarTree) put(dir int, name string, number int) error {
 	rec.setNext(d.first())
 	rec.setText(t.texts.size())
 	d.setFirst(uint32(n) + 1)
-	return t.texts.write(append(binary.LittleEndian.AppendUint16(nil, uint16(len(name))), name...))
+	return t.texts.write(appendName(nil, name))
 }
 
 // namesIn sorts the names of a directory.
