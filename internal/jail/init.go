@@ -15,7 +15,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -160,7 +159,7 @@ func cleanProcess() error {
 	// Every signal gets a handler, so that execve resets it to its default even if it was ignored, and so that none but
 	// SIGKILL ends init. Nobody reads the channel: the runtime drops what does not fit.
 	signal.Notify(make(chan os.Signal, 1))
-	if err := unignoreLibcSignals(); err != nil {
+	if err := catchLibcSignals(); err != nil {
 		return err
 	}
 	if err := cleanThread(); err != nil {
@@ -194,29 +193,6 @@ func guardLimits() error {
 	const nogroup = 65534
 	if err := syscall.Setresgid(-1, -1, nogroup); err != nil {
 		return fmt.Errorf("set saved group: %w", err)
-	}
-	return nil
-}
-
-// unignoreLibcSignals resets the signals that the C library keeps for itself and the Go runtime therefore leaves alone.
-// glibc's posix_spawn(3) starts programs with them ignored, so under make, for one, they are.
-func unignoreLibcSignals() error {
-	const first, last = 32, 34 // SIGCANCEL and SIGSETXID of glibc, and SIGSYNCCALL of musl
-	type action struct {       // struct sigaction of the kernel, linux/signal_types.h
-		handler, flags, restorer uintptr
-		mask                     uint64
-	}
-	const ignored = 1 // SIG_IGN
-	for sig := uintptr(first); sig <= last; sig++ {
-		var old, byDefault action
-		size := unsafe.Sizeof(old.mask)
-		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, 0, uintptr(unsafe.Pointer(&old)), size, 0, 0)
-		if errno == 0 && old.handler == ignored {
-			_, _, errno = unix.RawSyscall6(unix.SYS_RT_SIGACTION, sig, uintptr(unsafe.Pointer(&byDefault)), 0, size, 0, 0)
-		}
-		if errno != 0 {
-			return fmt.Errorf("reset signal %d: %w", sig, errno)
-		}
 	}
 	return nil
 }

@@ -121,9 +121,13 @@ func signalOutside() error {
 			return nil
 		}
 	}
-	for sig := syscall.Signal(1); sig < 65; sig++ {
-		if sig != unix.SIGSTOP {
-			unix.Kill(1, sig)
+	// Again and again: a signal that meets init's main thread in a handler, where all are blocked, is not dropped as one that
+	// init does not want.
+	for range 500 {
+		for sig := syscall.Signal(1); sig < 65; sig++ {
+			if sig != unix.SIGSTOP {
+				unix.Kill(1, sig)
+			}
 		}
 	}
 	return errFailed
