@@ -68,9 +68,6 @@ func (r *run) packAndPublish(ctx context.Context) (published, error) {
 	if base != nil {
 		defer base.Close()
 	}
-	if err := r.checkSpace(ctx, root, base); err != nil {
-		return published{}, err
-	}
 	flags := r.flags
 	if !r.state.Layered {
 		flags.Root = r.cfg.RootDir // a create job packs another root than it opens a shell on
@@ -134,14 +131,14 @@ func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.
 		written = true
 		pending.Whole(stats.BytesOut, base.shared(stats.Base))
 	}
-	stats, err := r.packTo(ctx, root, dir, file, opt)
+	stats, err := r.packTo(ctx, root, base, dir, file, opt)
 	if full(err) && base.removable() && !written {
 		r.log.Warn("the new image has no room beside the one the root was made from, which is removed; everything is compressed", "error", err)
 		if err := errors.Join(base.remove(), file.Truncate(0)); err != nil {
 			return fmt.Errorf("make room for the image: %w", err)
 		}
 		opt.Base, opt.Grown, dir.Index = nil, nil, nil
-		stats, err = r.packTo(ctx, root, dir, file, opt)
+		stats, err = r.packTo(ctx, root, nil, dir, file, opt)
 	}
 	if err != nil {
 		if full(err) {
@@ -161,14 +158,21 @@ func (r *run) pack(ctx context.Context, root *layers.Root, base *base, file *os.
 	return nil
 }
 
-func (r *run) packTo(ctx context.Context, root *layers.Root, dir squash.DirOptions, file *os.File, opt squash.Options) (squash.Stats, error) {
+func (r *run) packTo(ctx context.Context, root *layers.Root, base *base, dir squash.DirOptions, file *os.File, opt squash.Options) (squash.Stats, error) {
 	src, err := root.Source(dir)
 	if err != nil {
 		return squash.Stats{}, err
 	}
 	defer src.Close()
 	bar := r.progress("packing", 0)
-	opt.Progress = bar.Update
+	begun := false
+	opt.Progress = func(done, total int64) {
+		if !begun {
+			r.warnOfRoom(total, base)
+			begun = true
+		}
+		bar.Update(done, total)
+	}
 	written := opt.Written
 	opt.Written = func(stats squash.Stats) {
 		bar.Finish()

@@ -3,21 +3,14 @@
 package job
 
 import (
-	"context"
-	"errors"
-	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/ims-buildenv/ims-buildenv/internal/layers"
 )
 
 // probeXattrs warns when the volume cannot hold extended attributes: file
@@ -39,93 +32,25 @@ func probeXattrs(dir string, log *slog.Logger) {
 	}
 }
 
-// Space needed for an image, as shares of the data in the tree. gzip brings
-// root file systems to a third or half; a tenth has not been seen.
-const (
-	leastShare   = 8
-	typicalShare = 2
-)
-
-// checkSpace fails when the image cannot fit, and warns when it may not. The base goes when nothing else helps.
-func (r *run) checkSpace(ctx context.Context, root *layers.Root, base *base) error {
-	size, err := treeSize(ctx, root.FDPath()) // of a layered one: what changed
-	if err != nil {
-		return fmt.Errorf("measure the image root: %w", err)
-	}
+// warnOfRoom is called when packing begins. Most images take half of what their files hold, or about what their base does.
+// What cannot fit at all the packer refuses.
+func (r *run) warnOfRoom(files int64, base *base) {
 	free, err := freeBytes(r.cfg.Parent)
 	if err != nil {
-		return fmt.Errorf("measure the volume: %w", err)
+		r.log.Warn("the room left on the volume is not known", "error", err)
+		return
 	}
-	r.log.Info("space on the volume", "data_to_pack", size, "free", free)
-	if base.removable() {
-		free += base.image.Info().BytesUsed
+	typical := files / 2
+	if base != nil {
+		typical = base.image.Info().BytesUsed
 	}
-	if free < size/leastShare {
-		return fmt.Errorf("%w: the image root holds %d bytes and the volume has %d left, at least %d are needed to pack it; %s",
-			unix.ENOSPC, size, free, size/leastShare, moreSpace)
-	}
-	typical := size / typicalShare
-	if base := root.Base(); base != nil {
-		typical += base.Info().BytesUsed // which is taken over packed
-	}
+	r.log.Info("room on the volume", "files_to_pack", files, "free", free)
 	if free < typical {
-		r.log.Warn("the volume may be too small for the new image", "data", size, "free", free, "typically_needed", typical)
+		r.log.Warn("the volume may be too small for the new image", "free", free, "typically_needed", typical)
 	}
-	return nil
 }
 
 const moreSpace = "raise build_env_size (GiB) when creating the job, or remove files from the image"
-
-// treeSize is the space of all regular files below root, hard links once and
-// holes not, without crossing into other file systems.
-func treeSize(ctx context.Context, root string) (int64, error) {
-	type inode struct{ dev, ino uint64 }
-	seen := map[inode]bool{}
-	var top, total uint64
-	err := filepath.WalkDir(root+"/.", func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			return err
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if !d.IsDir() && !d.Type().IsRegular() {
-			return nil
-		}
-		info, err := d.Info()
-		if err != nil {
-			return nil // packing will say what is wrong with it
-		}
-		st, ok := info.Sys().(*syscall.Stat_t)
-		if !ok {
-			return nil
-		}
-		if top == 0 {
-			top = st.Dev
-		}
-		switch {
-		case st.Dev != top:
-			if d.IsDir() {
-				return fs.SkipDir
-			}
-			return nil
-		case d.IsDir():
-			return nil
-		case st.Nlink > 1:
-			id := inode{st.Dev, st.Ino}
-			if seen[id] {
-				return nil
-			}
-			seen[id] = true
-		}
-		total += min(uint64(st.Blocks)*512, uint64(st.Size))
-		return nil
-	})
-	return int64(total), err
-}
 
 func freeBytes(dir string) (int64, error) {
 	var st unix.Statfs_t
