@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/port"
 )
 
 // publish compares what comes after the user's work when there is no image to take anything from, with the store behind
@@ -102,11 +104,12 @@ func (s *s3Server) environ() []string {
 
 // serveStore starts one with its data below dir.
 func serveStore(ctx context.Context, bin, dir string) (*s3Server, error) {
-	port, err := freePort()
+	held, addr, err := port.Hold("127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
-	s := &s3Server{address: fmt.Sprintf("127.0.0.1:%d", port)}
+	defer held.Close()
+	s := &s3Server{address: addr.String()}
 	data := filepath.Join(dir, "data")
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "imslocal"), "serve", "--data", data, "--runner", "none", "--listen", "127.0.0.1:0", "--s3-listen", s.address)
 	if err := cmd.Start(); err != nil {

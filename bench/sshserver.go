@@ -17,6 +17,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/ims-buildenv/ims-buildenv/internal/port"
 )
 
 // ticks is the unit of times in /proc/PID/stat: USER_HZ, 100 on every architecture we build for (proc_pid_stat(5)).
@@ -51,18 +53,19 @@ const noInotify = "echo 0 > /proc/sys/user/max_inotify_instances"
 // has namespaces of its own, in which the shell command before runs, because root's home must be empty: bash reads
 // .bashrc when a server of SSH starts it, and what that does would be in every figure.
 func (b *sshBench) start(program, lines string, env []string, before string) (*daemon, error) {
-	port, err := freePort()
+	held, addr, err := port.Hold("127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
-	config := filepath.Join(b.dir, strconv.Itoa(port)+".conf")
-	text := fmt.Sprintf(sshConfig, port, filepath.Join(b.dir, "host"), filepath.Join(b.dir, "authorized_keys"), lines)
+	defer held.Close()
+	config := filepath.Join(b.dir, strconv.Itoa(addr.Port)+".conf")
+	text := fmt.Sprintf(sshConfig, addr.Port, filepath.Join(b.dir, "host"), filepath.Join(b.dir, "authorized_keys"), lines)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
 	argv := []string{"sh", "-euc", before + "\nmount -t tmpfs -o mode=700 none /root\n" + `exec "$0" "$@"`, program, "-D", "-e", "-f", config}
 	var log bytes.Buffer
-	d := &daemon{cmd: exec.CommandContext(b.ctx, argv[0], argv[1:]...), port: port}
+	d := &daemon{cmd: exec.CommandContext(b.ctx, argv[0], argv[1:]...), port: addr.Port}
 	d.cmd.Env, d.cmd.Stderr = append(os.Environ(), env...), &log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	if before == noInotify {
@@ -191,15 +194,6 @@ func tree(pid int) []proc {
 		found = slices.Concat(found, children[found[i].pid])
 	}
 	return found
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port, nil
 }
 
 // await looks every millisecond until the file is there.

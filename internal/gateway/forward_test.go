@@ -22,6 +22,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/ims-buildenv/ims-buildenv/internal/port"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit"
 	"github.com/ims-buildenv/ims-buildenv/internal/testkit/tree"
 )
@@ -153,23 +154,24 @@ func TestForwarding(t *testing.T) {
 				t.Fatal(err)
 			}
 			stop := background(t, cmd)
-			var port string
-			for lines := bufio.NewScanner(stderr); port == "" && lines.Scan(); {
+			var proxy string
+			for lines := bufio.NewScanner(stderr); proxy == "" && lines.Scan(); {
 				if m := regexp.MustCompile(`Allocated port (\d+)`).FindStringSubmatch(lines.Text()); m != nil {
-					port = m[1]
+					proxy = m[1]
 				}
 			}
 			go io.Copy(io.Discard, stderr)
 			eventually(t, "the socket is there", func() bool { _, err := os.Lstat(seen + "/web"); return err == nil })
 			awaitSocket(t, dir+"/unix")
 
-			// The one thing that takes a port number: somebody else may be faster.
-			socks := ""
-			eventually(t, "ssh has a port for -D", func() bool {
-				socks = freePort(t)
-				_, _, code := run(t, j.tool("ssh", "-S", dir+"/master", "-O", "forward", "-D", socks, host))
-				return code == 0
-			})
+			held, socks, err := port.Hold("127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer held.Close()
+			if _, errs, code := run(t, j.tool("ssh", "-S", dir+"/master", "-O", "forward", "-D", socks.String(), host)); code != 0 {
+				t.Fatal(errs)
+			}
 
 			curl := func(args ...string) string {
 				out, errs, code := run(t, exec.Command("curl", append([]string{"-sS", "--max-time", "30"}, args...)...))
@@ -180,7 +182,7 @@ func TestForwarding(t *testing.T) {
 			}
 			for what, got := range map[string]string{
 				"-L":              curl("--unix-socket", dir+"/tcp", "http://a.test/x"),
-				"-D":              curl("--socks5-hostname", "127.0.0.1:"+socks, "http://"+webAddr+"/x", "-H", "Host: a.test"),
+				"-D":              curl("--socks5-hostname", socks.String(), "http://"+webAddr+"/x", "-H", "Host: a.test"),
 				"-L, Unix socket": curl("--unix-socket", dir+"/unix", "http://a.test/x"),
 			} {
 				if got != "/x of a.test" {
@@ -189,7 +191,7 @@ func TestForwarding(t *testing.T) {
 			}
 			// Sessions on the same connection: a proxy for the package manager, a socket, the agent.
 			for _, tt := range []struct{ command, want string }{
-				{"curl -sS --max-time 30 -x http://127.0.0.1:" + port + " http://packages.invalid/x", "/x of packages.invalid"},
+				{"curl -sS --max-time 30 -x http://127.0.0.1:" + proxy + " http://packages.invalid/x", "/x of packages.invalid"},
 				{"curl -sS --max-time 30 --unix-socket " + inside + "/web http://a.test/x", "/x of a.test"},
 				{"ssh-add -l", j.key.fingerprint()},
 				{"echo $SSH_AUTH_SOCK", "/tmp/ssh-"},
@@ -219,17 +221,6 @@ func TestForwarding(t *testing.T) {
 			j.awaitLog("forward ended")
 		})
 	}
-}
-
-func freePort(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
 }
 
 // TestForwardingAtShutdown promises that no socket is in the tree that is packed.
