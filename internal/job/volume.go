@@ -32,20 +32,19 @@ func probeXattrs(dir string, log *slog.Logger) {
 	}
 }
 
-// warnOfRoom is called when packing begins. Most images take half of what their files hold, or about what their base does.
-// What cannot fit at all the packer refuses.
+// warnOfRoom is called when packing begins. Most images take half of what their files hold at most; a base goes when nothing
+// else helps. What cannot fit at all the packer refuses.
 func (r *run) warnOfRoom(files int64, base *base) {
 	free, err := freeBytes(r.cfg.Parent)
 	if err != nil {
 		r.log.Warn("the room left on the volume is not known", "error", err)
 		return
 	}
-	typical := files / 2
-	if base != nil {
-		typical = base.image.Info().BytesUsed
-	}
 	r.log.Info("room on the volume", "files_to_pack", files, "free", free)
-	if free < typical {
+	if base.removable() {
+		free += base.image.Info().BytesUsed
+	}
+	if typical := files / 2; free < typical {
 		r.log.Warn("the volume may be too small for the new image", "free", free, "typically_needed", typical)
 	}
 }
