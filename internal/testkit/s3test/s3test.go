@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/versity/versitygw/backend/meta"
@@ -40,8 +41,9 @@ type Server struct {
 	Bucket   string
 	Dir      string // bucket directories with the objects as files
 
-	cmd   *exec.Cmd
-	stdin io.Closer
+	cmd    *exec.Cmd
+	stdin  io.Closer
+	killed sync.Once
 }
 
 // ChildMain serves S3 and exits when this process is the child; otherwise it
@@ -145,13 +147,11 @@ func (s *Server) start(self, addr string) error {
 }
 
 // Kill ends the server at once, as a crash would. The data stays until the
-// test ends. A second Kill does nothing.
+// test ends. A second Kill does nothing, and may come from another goroutine.
 func (s *Server) Kill() {
-	if s.cmd == nil {
-		return
-	}
-	s.cmd.Process.Kill()
-	s.cmd.Wait()
-	s.stdin.Close()
-	s.cmd = nil
+	s.killed.Do(func() {
+		s.cmd.Process.Kill()
+		s.cmd.Wait()
+		s.stdin.Close()
+	})
 }
